@@ -1,0 +1,175 @@
+"""The shape of a transformer: every tensor it holds and what each layer keeps for a token."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+AttentionKind = Literal["full", "sliding", "chunked", "mla", "linear"]
+Part = Literal[
+    "embedding",  # token (and learned position) embeddings
+    "lm_head",  # absent when tied
+    "attention",
+    "mlp",  # dense feed-forward
+    "expert",  # routed experts
+    "shared_expert",
+    "router",
+    "norm",  # every norm weight, q/k norms too
+    "state",  # what a linear-attention layer has beside its projections (conv kernels, A_log, dt_bias ...)
+    "vision",  # vision tower
+    "projector",  # vision-to-text projector
+]
+Shard = Literal["out", "in", "vocab", "kv", "none"]
+"""The axis tensor parallelism splits: rows (out), columns (in), padded vocabulary rows (vocab),
+key/value rows that are replicated once tp > kv_heads (kv), or nothing: every rank holds it whole (none)."""
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tensor(Frozen):
+    """A family of equal tensors.
+
+    name: the checkpoint's name without prefix and layer number, e.g. `self_attn.q_proj.weight`
+    shape: as stored; (out_features, in_features) for a matrix
+    count: how many the model holds (layers, or layers x experts)
+    linear: an nn.Linear weight or bias, hence a target of "all-linear" LoRA and of weight quantisation
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    part: Part
+    shard: Shard = "none"
+    linear: bool = False
+
+    @property
+    def elements(self) -> int:
+        """Elements of one member of the family."""
+        product = 1
+        for size in self.shape:
+            product *= size
+        return product
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the whole family: prod(shape) * count."""
+        return self.elements * self.count
+
+
+class LayerGroup(Frozen):
+    """Layers whose attention keeps the same things for a token.
+
+    count: layers of this kind
+    kv_heads, head_dim: of full, sliding and chunked attention; value_head_dim where it differs from head_dim
+    window: tokens a sliding or chunked layer looks back
+    latent_dim: kv_lora_rank + qk_rope_head_dim of an MLA layer, kept once per token and per rank
+    conv_state_elements, recurrent_state_elements: of a linear-attention layer, per sequence, whole model width
+    """
+
+    kind: AttentionKind
+    count: int
+    heads: int
+    kv_heads: int = 0
+    head_dim: int = 0
+    value_head_dim: int = 0
+    window: int | None = None
+    latent_dim: int = 0
+    conv_state_elements: int = 0
+    recurrent_state_elements: int = 0
+
+
+class Experts(Frozen):
+    """The mixture-of-experts part: routed experts, how many a token visits, and the shared ones.
+
+    ffn: intermediate size of one routed expert; shared_ffn: of all shared experts of a layer together
+    layers: how many layers are MoE (the others are dense)
+    """
+
+    count: int
+    per_token: int
+    ffn: int
+    shared_ffn: int = 0
+    layers: int
+
+
+class Quantization(Frozen):
+    """How a checkpoint stores its linear weights, as its quantization_config says.
+
+    method: fp8 | awq | gptq | compressed-tensors | bitsandbytes | mxfp4 | ...
+    bits: of one weight; group_size: weights that share a scale (-1 one scale per output channel, 0 one per tensor)
+    block: (rows, columns) that share a scale in block FP8
+    symmetric: no zero points are stored
+    activation_bits: 8 for w8a8, 16 for weight-only
+    ignored: name patterns of the linear modules that stay in 16 bits
+    kv_bits: 8 when the checkpoint asks for an FP8 KV cache
+    """
+
+    method: str
+    bits: float
+    group_size: int = 0
+    block: tuple[int, int] | None = None
+    symmetric: bool = True
+    activation_bits: int = 16
+    double_quant: bool = False
+    ignored: tuple[str, ...] = ()
+    kv_bits: int | None = None
+
+
+class ModelSpec(Frozen):
+    """A transformer's shape.
+
+    name: short name, hub id or folder as the user gave it; hub_id where known
+    architecture: config.json's model_type (of the text part); family e.g. "qwen3"
+    layers: groups by attention kind; the sum of their counts is num_hidden_layers
+    ffn: intermediate size of a dense layer (0 when all layers are MoE); gated_mlp: SwiGLU/GeGLU (three matrices) or plain (two)
+    tied_embeddings: lm_head shares the embedding
+    max_context: max_position_embeddings after rope scaling the config itself states
+    parameter_count: sum of all tensors; tested against transformers on the meta device
+    quantization: of the checkpoint, None for a 16-bit one; torch_dtype_bytes: 2 (4 for an fp32 checkpoint)
+    attention_bias etc. live in the tensors, not here
+    """
+
+    name: str
+    hub_id: str | None = None
+    architecture: str
+    hidden_size: int
+    layers: tuple[LayerGroup, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    gated_mlp: bool
+    experts: Experts | None = None
+    vocab_size: int
+    tied_embeddings: bool
+    max_context: int
+    tensors: tuple[Tensor, ...]
+    quantization: Quantization | None = None
+    torch_dtype_bytes: int = 2
+    logit_softcap: bool = False
+    qk_norm: bool = False
+    source: str = ""
+
+    @property
+    def num_layers(self) -> int:
+        return sum(group.count for group in self.layers)
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(tensor.parameters for tensor in self.tensors)
+
+    @property
+    def text_parameter_count(self) -> int:
+        return sum(t.parameters for t in self.tensors if t.part not in ("vision", "projector"))
+
+    @property
+    def active_parameter_count(self) -> int:
+        """Parameters one token goes through: everything but the routed experts it does not visit."""
+        if self.experts is None:
+            return self.parameter_count
+        idle = self.experts.count - self.experts.per_token
+        routed = sum(t.parameters for t in self.tensors if t.part == "expert")
+        return self.parameter_count - routed * idle // self.experts.count

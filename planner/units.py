@@ -1,0 +1,45 @@
+"""Bytes, GiB and token counts: conversion and formatting, nothing else."""
+
+from __future__ import annotations
+
+import re
+
+from planner.errors import PlannerError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_TOKENS = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKmM]?)(?:[tT]ok(?:ens)?)?")
+
+
+def parse_tokens(text: str) -> int:
+    """A token count: `32768`, `32k` (x 1024), `1m` (x 1024^2). Raises PlannerError for anything else."""
+    match = _TOKENS.fullmatch(text.strip().replace("_", "").replace(",", ""))
+    if match is None:
+        raise PlannerError(f"{text!r} is not a token count: write a whole number such as 32768, or 32k")
+    scale = {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()]
+    value = float(match[1]) * scale
+    if value != int(value):
+        raise PlannerError(f"{text!r} is not a whole number of tokens: write it out, for example 32768")
+    return int(value)
+
+
+def format_tokens(tokens: int) -> str:
+    """`32k` for 32768, `131,072` stays readable: multiples of 1024 get the suffix, others thousands separators."""
+    if tokens >= MIB and tokens % MIB == 0:
+        return f"{tokens // MIB}m"
+    if tokens >= KIB and tokens % KIB == 0:
+        return f"{tokens // KIB}k"
+    return f"{tokens:,}"
+
+
+def to_gib(size_bytes: float) -> float:
+    """Bytes / 2^30."""
+    return size_bytes / GIB
+
+
+def format_gib(size_bytes: float) -> str:
+    """Two decimals below 10 GiB, one above: `2.31 GiB`, `79.2 GiB`."""
+    gib = to_gib(size_bytes)
+    return f"{gib:.2f} GiB" if abs(gib) < 9.995 else f"{gib:,.1f} GiB"
