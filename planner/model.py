@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -35,7 +36,9 @@ class Tensor(Frozen):
     name: the checkpoint's name without prefix and layer number, e.g. `self_attn.q_proj.weight`
     shape: as stored; (out_features, in_features) for a matrix
     count: how many the model holds (layers, or layers x experts)
-    linear: an nn.Linear weight or bias, hence a target of "all-linear" LoRA and of weight quantisation
+    linear: an nn.Linear weight or bias, hence a target of "all-linear" LoRA and of weight quantisation;
+        false for output heads and routers, which both leave alone, and for experts stored as one parameter
+    kv_rows: rows of a fused query-key-value matrix that are keys and values: they are split like "kv", not "out"
     """
 
     name: str
@@ -44,6 +47,7 @@ class Tensor(Frozen):
     part: Part
     shard: Shard = "none"
     linear: bool = False
+    kv_rows: int = 0
 
     @property
     def elements(self) -> int:
@@ -130,6 +134,7 @@ class ModelSpec(Frozen):
     parameter_count: sum of all tensors; tested against transformers on the meta device
     quantization: of the checkpoint, None for a 16-bit one; torch_dtype_bytes: 2 (4 for an fp32 checkpoint)
     attention_bias etc. live in the tensors, not here
+    notes: what of the checkpoint is not counted, one sentence each
     """
 
     name: str
@@ -152,6 +157,7 @@ class ModelSpec(Frozen):
     logit_softcap: bool = False
     qk_norm: bool = False
     source: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -173,3 +179,39 @@ class ModelSpec(Frozen):
         idle = self.experts.count - self.experts.per_token
         routed = sum(t.parameters for t in self.tensors if t.part == "expert")
         return self.parameter_count - routed * idle // self.experts.count
+
+
+def spec_from_config(config: Mapping[str, object], name: str, source: str) -> ModelSpec:
+    """The shape of the model that a parsed config.json describes.
+
+    name: what messages call it; source: where the config was read, kept in the spec.
+    Raises UnknownArchitecture for a model_type or vision tower not known here, PlannerError naming any field that is
+    missing, of the wrong type or impossible. The sum of the tensors equals what transformers builds
+    (tests/oracles/params_meta.csv).
+    """
+    from planner.architectures import build  # they import the types above
+    from planner.architectures.quantization import dtype_bytes, quantization_of
+
+    draft = build(config, name)
+    return ModelSpec(
+        name=name,
+        architecture=draft.architecture,
+        hidden_size=draft.hidden_size,
+        layers=draft.layers,
+        heads=draft.heads,
+        kv_heads=draft.kv_heads,
+        head_dim=draft.head_dim,
+        ffn=draft.ffn,
+        gated_mlp=draft.gated_mlp,
+        experts=draft.experts,
+        vocab_size=draft.vocab_size,
+        tied_embeddings=draft.tied_embeddings,
+        max_context=draft.max_context,
+        tensors=tuple(draft.tensors),
+        quantization=quantization_of(config, name),
+        torch_dtype_bytes=dtype_bytes(config, name),
+        logit_softcap=draft.logit_softcap,
+        qk_norm=draft.qk_norm,
+        source=source,
+        notes=draft.notes,
+    )
