@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from planner.errors import PlannerError
+
 AttentionKind = Literal["full", "sliding", "chunked", "mla", "linear"]
 Part = Literal[
     "embedding",  # token (and learned position) embeddings
@@ -48,6 +50,16 @@ class Tensor(Frozen):
     shard: Shard = "none"
     linear: bool = False
     kv_rows: int = 0
+
+    @property
+    def module(self) -> str:
+        """The name of the module that holds it: `self_attn.q_proj` for `self_attn.q_proj.weight`."""
+        return self.name.removesuffix(".weight").removesuffix(".bias")
+
+    @property
+    def leaf(self) -> str:
+        """The module's own name: `q_proj`."""
+        return self.module.rpartition(".")[2]
 
     @property
     def elements(self) -> int:
@@ -128,7 +140,8 @@ class ModelSpec(Frozen):
     name: short name, hub id or folder as the user gave it; hub_id where known
     architecture: config.json's model_type (of the text part); family e.g. "qwen3"
     layers: groups by attention kind; the sum of their counts is num_hidden_layers
-    ffn: intermediate size of a dense layer (0 when all layers are MoE); gated_mlp: SwiGLU/GeGLU (three matrices) or plain (two)
+    ffn: intermediate size of a dense layer (0 when all layers are MoE)
+    gated_mlp: SwiGLU/GeGLU (three matrices) or plain (two)
     tied_embeddings: lm_head shares the embedding
     max_context: max_position_embeddings after rope scaling the config itself states
     parameter_count: sum of all tensors; tested against transformers on the meta device
@@ -215,3 +228,111 @@ def spec_from_config(config: Mapping[str, object], name: str, source: str) -> Mo
         source=source,
         notes=draft.notes,
     )
+
+
+# Architectures whose experts peft still takes for the linear layers they were before transformers 5 fused them into one
+# parameter, and their router with them (peft/utils/transformers_weight_conversion.py): the names of gate, up and down.
+# It gives the fused gate_up_proj twice the rank, one half for each of its members.
+_FUSED_EXPERTS = {
+    "mixtral": ("w1", "w3", "w2"),
+    **dict.fromkeys(("qwen3_moe", "qwen3_next", "deepseek_v2", "deepseek_v3"), ("gate_proj", "up_proj", "down_proj")),
+}
+
+# The modules LoraConfig targets when target_modules is left out (peft/utils/constants.py), by model_type.
+_QUERY_VALUE = ("q_proj", "v_proj")
+_PEFT_DEFAULT = {
+    **dict.fromkeys(("llama", "mistral", "stablelm", "gemma", "gemma2", "gemma3_text"), _QUERY_VALUE),
+    **dict.fromkeys(("qwen2", "qwen3", "opt", "llama4_text"), _QUERY_VALUE),
+    **dict.fromkeys(("gpt_neox", "bloom", "falcon", "chatglm"), ("query_key_value",)),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+}
+
+LoraTargets = Literal["all-linear", "attention", "default"] | tuple[str, ...]
+
+
+def lora_targets(spec: ModelSpec, targets: LoraTargets) -> tuple[Tensor, ...]:
+    """The matrices that get an adapter, as peft chooses them.
+
+    "all-linear": every linear layer but the output head, in the vision tower too; "attention": the projections of the
+    text decoder's attention; "default": what peft takes when no target is named; a tuple: modules whose name is, or
+    ends in, one of these. Raises PlannerError when nothing matches, or only one of two fused expert projections does.
+    """
+    if targets == "all-linear":
+        return _all_linear(spec)
+    if targets == "attention":
+        return tuple(t for t in _layers(spec) if t.part == "attention")
+    if targets == "default":
+        wrapped = any(t.part == "vision" for t in spec.tensors)
+        names = _PEFT_DEFAULT.get(spec.architecture)
+        if names is None or (wrapped and spec.architecture != "llama4_text"):
+            raise PlannerError(
+                f"peft has no default LoRA targets for {spec.name} ({spec.architecture}): "
+                "say which, for example all-linear or attention"
+            )
+        return _by_name(spec, names)
+    if isinstance(targets, str):
+        raise PlannerError(
+            f"{targets!r} is not a set of LoRA targets: use all-linear, attention, default or a list of module names"
+        )
+    return _by_name(spec, targets)
+
+
+def lora_parameter_count(spec: ModelSpec, rank: int, targets: LoraTargets) -> int:
+    """Trainable parameters of a LoRA adapter: sum of rank * (in + out) over the matrices of `lora_targets`.
+
+    Fused expert projections: rank * (in + 2 * out) for each of gate and up, because peft adapts the pair at twice the
+    rank. Equals peft's own count (tests/oracles/lora_counts.csv). Raises PlannerError for a rank below one.
+    """
+    if rank < 1:
+        raise PlannerError(f"a LoRA rank of {rank} is not possible: use a whole number from 1, for example 16")
+    total = 0
+    for tensor in lora_targets(spec, targets):
+        out, inp = tensor.shape
+        fused = tensor.part == "expert" and tensor.leaf in _FUSED_EXPERTS[spec.architecture][:2]
+        total += rank * (inp + (2 * out if fused else out)) * tensor.count
+    return total
+
+
+def _layers(spec: ModelSpec) -> tuple[Tensor, ...]:
+    """The matrices of linear layers as transformers 5 builds them: experts are parameters, Llama 4's router a layer."""
+    return tuple(
+        t
+        for t in spec.tensors
+        if len(t.shape) == 2
+        and t.part != "expert"
+        and (t.linear or (t.part == "router" and spec.architecture == "llama4_text"))
+    )
+
+
+def _fused(spec: ModelSpec) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+    """The module names that peft moves to expert parameters, and the expert and router matrices behind them."""
+    names = _FUSED_EXPERTS.get(spec.architecture)
+    if names is None or spec.experts is None:
+        return (), ()
+    members = tuple(t for t in spec.tensors if t.part in ("expert", "router") and len(t.shape) == 2)
+    return ("gate", *names), members
+
+
+def _all_linear(spec: ModelSpec) -> tuple[Tensor, ...]:
+    names, members = _fused(spec)
+    # where a name is moved to the experts, dense and shared layers of the same name get no adapter
+    return tuple(t for t in _layers(spec) if t.leaf not in names) + members
+
+
+def _by_name(spec: ModelSpec, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    moved, members = _fused(spec)
+    asked = {name.rpartition(".")[2] for name in names} & set(moved)
+    if len(asked & set(moved[1:3])) == 1:
+        raise PlannerError(
+            f"{spec.name} stores its experts' {moved[1]} and {moved[2]} as one parameter: "
+            "name both as LoRA targets, or neither"
+        )
+    kept = tuple(name for name in names if name.rpartition(".")[2] not in moved)
+    candidates = (*_layers(spec), *(t for t in spec.tensors if t.part == "lm_head" and len(t.shape) == 2))
+    found = tuple(t for t in candidates if any(t.module == name or t.module.endswith(f".{name}") for name in kept))
+    found += tuple(t for t in members if t.leaf in asked)
+    if not found:
+        leaves = sorted({t.leaf for t in _layers(spec) if t.part not in ("vision", "projector")})
+        raise PlannerError(f"{spec.name} has none of these LoRA targets: its linear layers are {', '.join(leaves)}")
+    return found

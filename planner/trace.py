@@ -1,14 +1,14 @@
 """Exact training memory without a GPU: one real training step on fake tensors, every storage counted.
 
-The step is transformers, peft, TRL and torch.optim themselves; only the tensors are fake (shape and type, no bytes), so a
-laptop can trace a 70B model. A shallow stack is traced at two depths and extended linearly, separately for each moment of
-the step; the peak is the largest moment. Needs the extra `trace`.
+The step is transformers, peft, TRL and torch.optim themselves; only the tensors are fake (shape and type, no bytes), so
+a laptop can trace a 70B model. A shallow stack is traced at two depths and extended linearly, separately for each
+moment of the step; the peak is the largest moment. Needs the extra `trace`.
 
-What differs between this host's CPU kernels and CUDA is put right here: flash attention without an S x S matrix and with
-the workspaces of its backward, Triton loss kernels that work in place, TRL's gather of the labelled positions,
-bitsandbytes' dequantised weights, foreach optimizers, and the caching allocator's rounding. Not counted: the CUDA
-context, cuBLAS workspaces (8 to 32 MiB a handle), fragmentation, and blocks that the allocator does not split (up to
-1 MiB each).
+What differs between this host's CPU kernels and CUDA is put right here: flash attention without an S x S matrix and
+with the workspaces of its backward, Triton loss kernels that work in place, TRL's gather of the labelled positions,
+bitsandbytes' dequantised weights, foreach optimizers, sums in fp32 under autocast, and the rounding of the caching
+allocator. Not counted: the CUDA context, cuBLAS workspaces (8 to 32 MiB a handle), fragmentation, and blocks that the
+allocator does not split (up to 1 MiB each). Vision towers stay out: the text model alone is traced.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def trace_training(
     """Peak allocated bytes of one training step of the model that `config` (a config.json) describes.
 
     method: full trains every weight in base_dtype; lora and dora freeze them; qlora stores the linear ones in NF4 with
-        double quantisation. loss: hf makes the logits, chunked is TRL's fused head, none stops at the last hidden state.
+        double quantisation. loss: hf makes the logits, chunked is TRL's fused head, none stops at the last hidden
+        state.
     autocast: the forward pass runs in bf16 autocast, as accelerate does with mixed_precision=bf16.
     kbit_prepare: peft.prepare_model_for_kbit_training casts what is not 4-bit to fp32.
     accumulate: gradients of an earlier micro-batch are still there (gradient_accumulation_steps > 1).
@@ -171,7 +172,13 @@ def trace_training(
 
 
 def _check(
-    method: Method, seq_len: int, micro_batch: int, autocast: bool, base: Dtype, kbit_prepare: bool, attention: Attention
+    method: Method,
+    seq_len: int,
+    micro_batch: int,
+    autocast: bool,
+    base: Dtype,
+    kbit_prepare: bool,
+    attention: Attention,
 ) -> None:
     if seq_len < 2 or micro_batch < 1:
         raise PlannerError(
@@ -185,7 +192,7 @@ def _check(
         raise NotModelled("flash attention has no fp32 kernel: turn autocast on, or choose attention math or eager")
 
 
-# ----------------------------------------------------------------------------------------------- extending to full depth
+# --------------------------------------------------------------------------------------------- extending to full depth
 
 
 class _Run(Frozen):
@@ -197,7 +204,7 @@ class _Run(Frozen):
 
 
 def _period(signatures: Sequence[object]) -> tuple[int, int]:
-    """(layers of the irregular start, period of the rest) of the shortest description signatures[i] == signatures[i + p]."""
+    """(irregular layers at the start, period of the rest): the shortest description of the sequence."""
     total = len(signatures)
     for length in range(1, total + 1):  # start + period
         for period in range(1, length + 1):
@@ -208,7 +215,7 @@ def _period(signatures: Sequence[object]) -> tuple[int, int]:
 
 
 def _depths(signatures: Sequence[object]) -> list[int]:
-    """Two depths that end like the full one, one period apart; both ends keep two whole periods. One depth if shallow."""
+    """Two depths that end like the full one, one period apart, or the full depth alone if that is as shallow."""
     depth = len(signatures)
     start, period = _period(signatures)
     shallow = start + (depth - start) % period + max(2 * period, 4 if period == 1 else 0)
@@ -236,8 +243,8 @@ def _extrapolate(runs: Sequence[_Run], depth: int) -> Peaks:
     """Peaks of the full depth.
 
     A segment in the lower half of the shallow stack is matched from the bottom, one in the upper half from the top.
-    Bytes in the backward of layer i are linear in i (checkpoints go, gradients come), so the layers between the two ends
-    cannot be above both.
+    Bytes in the backward of layer i are linear in i (checkpoints go, gradients come), so the layers between the two
+    ends cannot be above both.
     """
     if len(runs) == 1:
         return dict(runs[0].peaks)
@@ -261,7 +268,7 @@ def _by_moment(peaks: Peaks) -> dict[Moment, Components]:
     return best
 
 
-# ------------------------------------------------------------------------------------------------ recording and replaying
+# --------------------------------------------------------------------------------------------- recording and replaying
 
 
 class _Storage:
@@ -269,7 +276,9 @@ class _Storage:
 
     __slots__ = ("label", "nbytes", "operation", "segment", "shape")
 
-    def __init__(self, nbytes: int, label: str, operation: str, segment: Segment | None, shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, nbytes: int, label: str, operation: str, segment: Segment | None, shape: tuple[int, ...]
+    ) -> None:
         self.nbytes = nbytes
         self.label = label
         self.operation = operation
@@ -376,7 +385,7 @@ def _recorder(torch: Any, ledger: _Ledger, vocabulary: int, rows: range, kernel_
     leaves = _require("torch.utils._pytree").tree_iter
     tensor_type = torch.Tensor
 
-    class Recorder(mode):  # type: ignore[misc]  # torch is imported lazily, so the base is Any here
+    class Recorder(mode):  # type: ignore[misc,valid-type]  # torch is imported lazily: the base is Any
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             name = func._schema.name
@@ -415,12 +424,12 @@ def _workspace(name: str, args: Sequence[Any]) -> int:
         activations, shape = args[0], args[2]
         if activations.numel() // activations.shape[-1] <= GEMM_4BIT_KERNEL_ROWS:
             return 0
-        weights: int = shape[0] * shape[1]
-        return weights * activations.element_size() + 2 * (weights // NF4_BLOCK) * 4
+        weights = int(shape[0]) * int(shape[1])
+        return weights * int(activations.element_size()) + 2 * (weights // NF4_BLOCK) * 4
     return 0
 
 
-# --------------------------------------------------------------------------------------------------------- the real step
+# ------------------------------------------------------------------------------------------------------- the real step
 
 
 class _Step:
@@ -450,6 +459,10 @@ class _Step:
         """Layers of the model, and the depths at which to trace it."""
         model = self._meta_model()
         layers = _layers(model)
+        if self.base_dtype == "fp32" and any(p.dim() > 2 for layer in layers for p in layer.parameters()):
+            raise NotModelled(
+                "torch's grouped matrix product of the experts takes bf16 weights only: leave base_dtype at bf16"
+            )
         kinds = getattr(model.config, "layer_types", None) or [None] * len(layers)
         signatures = [
             (kind, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()))
@@ -523,6 +536,7 @@ class _Step:
         try:
             with self.torch.device("meta"), _require("transformers.initialization").no_init_weights():
                 model = causal[known[model_type]](built)
+            model.tie_weights()  # left out together with the initialisation
         finally:
             self.torch.set_default_dtype(previous)
         if depth is not None:
@@ -654,7 +668,7 @@ class _Step:
             shape = getattr(module, "nf4_shape", None)
             if shape is not None:
                 total += shape[0] * shape[1] - module.weight.numel()
-        return total + sum(p.numel() for p in model.parameters())
+        return total + sum(int(p.numel()) for p in model.parameters())
 
 
 def _layers(causal: Any) -> Any:
@@ -686,9 +700,9 @@ def _materialise(torch: Any, model: Any) -> None:
 def _quantise(torch: Any, model: Any) -> None:
     """Replace every linear layer but the head by a bitsandbytes Linear4bit with NF4 storage of the real sizes."""
     bitsandbytes = _require("bitsandbytes")
-    quant_state = bitsandbytes.functional.QuantState
+    quant_state, linear_4bit = bitsandbytes.functional.QuantState, bitsandbytes.nn.Linear4bit
 
-    class Nf4Linear(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]  # imported lazily, so the base is Any here
+    class Nf4Linear(linear_4bit):  # type: ignore[misc,valid-type]  # imported lazily: the base is Any
         """Params4bit quantises on the GPU; this one is born quantised, with its statistics as buffers."""
 
         def __init__(self, linear: Any) -> None:
@@ -737,7 +751,7 @@ def _quantise(torch: Any, model: Any) -> None:
     model.is_loaded_in_4bit = True
 
 
-# ---------------------------------------------------------------------------------------------- CUDA behaviour on a CPU
+# --------------------------------------------------------------------------------------------- CUDA behaviour on a CPU
 
 _FLASH = "tonnage_fused"  # transformers loads the flash_attn package for any name with "flash" in it
 _MATH = "tonnage_math"
@@ -792,7 +806,7 @@ def _as_on_cuda(torch: Any, batch: int, length: int) -> Iterator[None]:
             _swap(stack, kernels, "_addmm_fp32", lambda *_: None)
             if hasattr(utils, "_use_triton"):
                 _swap(stack, utils, "_use_triton", lambda _device: True)
-        stack.enter_context(_all_labelled(torch, batch * (length - 1)))
+        stack.enter_context(_cuda_functions(torch, batch * (length - 1)))
         yield
 
 
@@ -807,22 +821,27 @@ def _swap(stack: contextlib.ExitStack, owner: Any, name: str, value: Any) -> Non
     setattr(owner, name, value)
 
 
-def _all_labelled(torch: Any, tokens: int) -> Any:
-    """Indexing by a mask needs data. Every token is labelled here, so the result's shape is known: all of them."""
+def _cuda_functions(torch: Any, labelled: int) -> Any:
+    """Functions that do something else on CUDA, or that need data which a fake tensor does not have."""
     mode = _require("torch.overrides").TorchFunctionMode
-    getitem, scatter = torch.Tensor.__getitem__, torch.Tensor.masked_scatter
+    getitem, scatter, total = torch.Tensor.__getitem__, torch.Tensor.masked_scatter, torch.Tensor.sum
 
-    class AllLabelled(mode):  # type: ignore[misc]  # torch is imported lazily, so the base is Any here
+    class CudaFunctions(mode):  # type: ignore[misc,valid-type]  # torch is imported lazily: the base is Any
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
             if func is getitem and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool:
-                # CUDA turns the mask into one int64 index a dimension (nonzero) and keeps them for the backward
-                index = tuple(torch.empty(tokens, dtype=torch.long) for _ in range(args[1].dim()))
+                # TRL gathers the labelled positions, here all of them: CUDA turns the mask into one int64 index a
+                # dimension (nonzero) and keeps them for the backward
+                index = tuple(torch.empty(labelled, dtype=torch.long) for _ in range(args[1].dim()))
                 return func(args[0], index)
             if func is scatter:
                 return args[2].reshape(args[0].shape).clone()
-            return func(*args, **(kwargs or {}))
+            if func is total and torch.is_autocast_enabled("cpu") and args[0].is_floating_point():
+                # on CUDA autocast's list of sums in fp32, not on the CPU's; mixture-of-experts layers end in one
+                kwargs.setdefault("dtype", torch.float32)
+            return func(*args, **kwargs)
 
-    return AllLabelled()
+    return CudaFunctions()
 
 
 def _require(module: str) -> Any:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from planner.architectures import classic, decoders, vision
+from planner.architectures import classic, decoders, experts, vision
 from planner.architectures.decoders import Builder
 from planner.architectures.fields import Fields
 from planner.architectures.parts import Draft
+from planner.architectures.projectors import PROJECTORS
 from planner.errors import UnknownArchitecture
 
 DECODERS: dict[str, Builder] = {
@@ -27,15 +28,15 @@ DECODERS: dict[str, Builder] = {
     "phi3": decoders.phi3,
     "stablelm": decoders.stablelm,
     "cohere": decoders.cohere,
-    "mixtral": decoders.mixtral,
-    "qwen2_moe": decoders.qwen2_moe,
-    "qwen3_moe": decoders.qwen3_moe,
-    "gpt_oss": decoders.gpt_oss,
-    "llama4_text": decoders.llama4_text,
-    "deepseek_v2": decoders.deepseek,
-    "deepseek_v3": decoders.deepseek,
-    "qwen3_next": decoders.qwen3_next,
-    "qwen3_5_text": decoders.qwen3_5_text,
+    "mixtral": experts.mixtral,
+    "qwen2_moe": experts.qwen2_moe,
+    "qwen3_moe": experts.qwen3_moe,
+    "gpt_oss": experts.gpt_oss,
+    "llama4_text": experts.llama4_text,
+    "deepseek_v2": experts.deepseek,
+    "deepseek_v3": experts.deepseek,
+    "qwen3_next": experts.qwen3_next,
+    "qwen3_5_text": experts.qwen3_5_text,
     "mllama_text_model": vision.mllama_text,
     "phi": classic.phi,
     "starcoder2": classic.starcoder2,
@@ -83,7 +84,7 @@ def build(config: Mapping[str, object], owner: str) -> Draft:
     """The draft of a model from its config.json. Raises UnknownArchitecture or PlannerError, naming the field."""
     fields = Fields(config, owner)
     kind = fields.text("model_type")
-    if kind in vision.PROJECTORS:
+    if kind in PROJECTORS:
         return _multimodal(fields, kind)
     return _decoder(fields, kind)
 
@@ -92,7 +93,7 @@ def _decoder(fields: Fields, kind: str) -> Draft:
     builder = DECODERS.get(kind)
     if builder is None:
         raise UnknownArchitecture(
-            f"{fields.owner} has model_type {kind!r}, whose tensors are not known here: choose a model of a known "
+            f"{fields.owner} has model_type {kind[:60]!r}, whose tensors are not known here: choose a model of a known "
             "architecture (`planner models` lists some), such as llama, mistral, qwen3, gemma3, phi3 or gpt_oss"
         )
     draft = builder(fields)
@@ -121,6 +122,6 @@ def _multimodal(fields: Fields, kind: str) -> Draft:
     draft.tensors = [
         *draft.tensors,
         *build_tower(tower),
-        *vision.PROJECTORS[kind](fields, tower, draft.hidden_size),
+        *PROJECTORS[kind](fields, tower, draft.hidden_size),
     ]
     return draft

@@ -36,9 +36,7 @@ def phi(f: Fields) -> Draft:
     ]
     if f.flag("qk_layernorm", False):
         draft.qk_norm = True
-        draft.tensors += norms(
-            ("self_attn.q_layernorm", "self_attn.k_layernorm"), draft.head_dim, layers, bias=True
-        )
+        draft.tensors += norms(("self_attn.q_layernorm", "self_attn.k_layernorm"), draft.head_dim, layers, bias=True)
     return _full(draft, layers)
 
 
@@ -179,7 +177,7 @@ def opt(f: Fields) -> Draft:
 
 
 def bloom(f: Fields) -> Draft:
-    """ALiBi positions, so the length it was trained on (seq_length, 2048) is its context; a norm after the embedding."""
+    """ALiBi positions, so its context is what it was trained on (seq_length, 2048); a norm after the embedding."""
     hidden, layers = f.integer("hidden_size", "n_embed"), layer_count(f)
     heads = f.integer("num_attention_heads", "n_head", high=MAX_HEADS)
     if hidden % heads:
@@ -215,7 +213,7 @@ def bloom(f: Fields) -> Draft:
     return _full(draft, layers)
 
 
-# ---------------------------------------------------------------- architectures whose code lives in their hub repository
+# The code of the following lives in their hub repositories.
 
 
 def qwen(f: Fields) -> Draft:

@@ -159,7 +159,9 @@ def norms(names: Iterable[str], size: int, count: int, *, bias: bool = False) ->
     return [tensor for name in names for tensor in norm(name, size, count, bias=bias)]
 
 
-def group(draft_heads: tuple[int, int, int], kinds: Iterable[tuple[AttentionKind, int | None]]) -> tuple[LayerGroup, ...]:
+def group(
+    draft_heads: tuple[int, int, int], kinds: Iterable[tuple[AttentionKind, int | None]]
+) -> tuple[LayerGroup, ...]:
     """Layers counted by attention kind and window, in the order in which the kinds first appear.
 
     draft_heads: (heads, kv_heads, head_dim), the same for all of them.

@@ -14,7 +14,7 @@ _DTYPE_BYTES = {"float32": 4, "float": 4, "float16": 2, "half": 2, "bfloat16": 2
 
 
 def dtype_bytes(config: Mapping[str, object], owner: str) -> int:
-    """Bytes of an unquantised weight: of `dtype` or `torch_dtype`, the text part's where the wrapper has none; else 2."""
+    """Bytes of an unquantised weight: of `dtype` or `torch_dtype`, of the text part failing that; else 2."""
     fields = Fields(config, owner)
     stated = fields.get("dtype", "torch_dtype")
     if stated is None and isinstance(config.get("text_config"), Mapping):
@@ -46,7 +46,7 @@ def quantization_of(config: Mapping[str, object], owner: str) -> Quantization | 
     reader = _READERS.get(method)
     if reader is None:
         raise NotModelled(
-            f"{owner} is quantised with {method or 'an unnamed quant_method'!r}, which is not modelled: "
+            f"{owner} is quantised with {method[:60] or 'an unnamed quant_method'!r}, which is not modelled: "
             f"choose a checkpoint in 16 bits or one of {', '.join(KNOWN)}"
         )
     return reader(q)
@@ -185,7 +185,9 @@ def _modelopt(q: Fields) -> Quantization:
     scheme = q.get("kv_cache_scheme")
     kv = inner.get("kv_cache_quant_algo") == "FP8" or isinstance(scheme, Mapping)
     if algorithm not in ("FP8", "NVFP4"):
-        raise NotModelled(f"{q.owner} is quantised with modelopt {algorithm[:40]}, which is not modelled: use FP8 or NVFP4")
+        raise NotModelled(
+            f"{q.owner} is quantised with modelopt {algorithm[:40]}, which is not modelled: use FP8 or NVFP4"
+        )
     bits, size = (8, 0) if algorithm == "FP8" else (4, 16)
     return Quantization(
         method="modelopt",

@@ -1,4 +1,4 @@
-"""Vision towers and projectors: what a multimodal checkpoint holds beside its text decoder.
+"""Vision towers: what a multimodal checkpoint holds beside its text decoder and the projector between them.
 
 Tensor parallelism is not applied to them here: vLLM splits some towers and replicates others, and whole is the
 larger of the two. Sources: the modeling files of the same name in transformers.
@@ -17,9 +17,7 @@ from planner.errors import UnknownArchitecture
 def _linears(names: dict[str, tuple[int, int]], count: int, *, bias: bool, prefix: str) -> Tensors:
     """Linear layers of a tower: name -> (out, in)."""
     return [
-        t
-        for name, (out, inp) in names.items()
-        for t in linear(f"{prefix}{name}", out, inp, count, "vision", bias=bias)
+        t for name, (out, inp) in names.items() for t in linear(f"{prefix}{name}", out, inp, count, "vision", bias=bias)
     ]
 
 
@@ -138,7 +136,9 @@ def pixtral(v: Fields) -> Tensors:
     return [
         *parameter(f"{p}patch_conv.weight", (size, channels, patch, patch), 1, "vision"),
         *_norms(("ln_pre",), size, 1, prefix=p, bias=False),
-        *_linears({**block, "feed_forward.down_proj": (size, ffn)}, layers, bias=False, prefix=f"{p}transformer.layers."),
+        *_linears(
+            {**block, "feed_forward.down_proj": (size, ffn)}, layers, bias=False, prefix=f"{p}transformer.layers."
+        ),
         *_norms(("attention_norm", "ffn_norm"), size, layers, prefix=f"{p}transformer.layers.", bias=False),
     ]
 
@@ -156,21 +156,22 @@ LLAMA4_VISION_DEFAULTS: dict[str, object] = {
 
 
 def llama4_vision(v: Fields) -> Tensors:
-    """Llama 4: a linear patch embedding, class token, learned positions, and a two-layer adapter after pixel shuffle."""
+    """Llama 4: linear patch embedding, class token, learned positions, a two-layer adapter after pixel shuffle."""
     v = v.with_defaults(LLAMA4_VISION_DEFAULTS)
     size, ffn = v.integer("hidden_size"), v.integer("intermediate_size")
     layers = v.integer("num_hidden_layers", high=MAX_LAYERS)
     patch, channels = v.size("patch_size"), v.integer("num_channels")
-    shuffled = int(size // v.number("pixel_shuffle_ratio", 0.5) ** 2)
+    ratio = v.number("pixel_shuffle_ratio", 0.5)
+    if not 0.01 <= ratio <= 1:
+        raise v.refuse("pixel_shuffle_ratio", f"must be between 0.01 and 1, not {ratio}")
+    shuffled = int(size // ratio**2)
     inner, out = v.integer("projector_input_dim"), v.integer("projector_output_dim")
     p = "vision_model."
     if shuffled != ffn:  # the adapter reads intermediate_size channels, which only this equality makes right
         raise v.refuse("intermediate_size", f"must be hidden_size / pixel_shuffle_ratio^2 = {shuffled}, not {ffn}")
     return [
         *parameter(f"{p}class_embedding", (size,), 1, "vision"),
-        *parameter(
-            f"{p}positional_embedding_vlm", (_patches(v, v.size("image_size"), patch) + 1, size), 1, "vision"
-        ),
+        *parameter(f"{p}positional_embedding_vlm", (_patches(v, v.size("image_size"), patch) + 1, size), 1, "vision"),
         *_linears({"patch_embedding.linear": (size, channels * patch * patch)}, 1, bias=False, prefix=p),
         *_norms(("layernorm_pre", "layernorm_post"), size, 1, prefix=p),
         *_linears(
@@ -366,8 +367,8 @@ def moonvit(v: Fields) -> Tensors:
 
 def no_tower(kind: str) -> UnknownArchitecture:
     return UnknownArchitecture(
-        f"vision tower {kind!r} is not known here, so its size is not: use the text-only checkpoint, or one with "
-        f"{', '.join(sorted(set(TOWERS) - {''}))}"
+        f"vision tower {kind[:60]!r} is not known here, so its size is not: use the text-only checkpoint, or one with "
+        f"{', '.join(sorted(TOWERS))}"
     )
 
 
@@ -384,91 +385,6 @@ TOWERS: dict[str, Callable[[Fields], Tensors]] = {
     "qwen3_5_vision": qwen3_5_vision,
     "mllama_vision_model": mllama_vision,
     "moonvit": moonvit,
-}
-
-
-# --------------------------------------------------------------------------------------------------- projectors
-
-
-def gemma3_projector(f: Fields, v: Fields, text: int) -> Tensors:
-    size = v.with_defaults(SIGLIP_DEFAULTS).integer("hidden_size")
-    return [
-        *parameter("multi_modal_projector.mm_input_projection_weight", (size, text), 1, "projector"),
-        *norm("multi_modal_projector.mm_soft_emb_norm", size, 1, part="projector"),
-    ]
-
-
-def mistral3_projector(f: Fields, v: Fields, text: int) -> Tensors:
-    """Norm, a merge of spatial_merge_size^2 patches, and two layers."""
-    size = v.with_defaults(PIXTRAL_DEFAULTS).integer("hidden_size")
-    merged = size * f.integer("spatial_merge_size", high=1024, default=2) ** 2
-    bias = f.flag("multimodal_projector_bias", False)
-    p = "multi_modal_projector."
-    if not isinstance(f.get("vision_feature_layer"), int | None):
-        raise f.refuse("vision_feature_layer", "must be one layer, not a list")
-    return [
-        *norm(f"{p}norm", size, 1, part="projector"),
-        *linear(f"{p}patch_merger.merging_layer", size, merged, 1, "projector"),
-        *linear(f"{p}linear_1", text, size, 1, "projector", bias=bias),
-        *linear(f"{p}linear_2", text, text, 1, "projector", bias=bias),
-    ]
-
-
-def llama4_projector(f: Fields, v: Fields, text: int) -> Tensors:
-    wide = v.with_defaults(LLAMA4_VISION_DEFAULTS).integer("vision_output_dim")
-    return linear("multi_modal_projector.linear_1", text, wide, 1, "projector")
-
-
-def mllama_projector(f: Fields, v: Fields, text: int) -> Tensors:
-    wide = v.with_defaults(MLLAMA_VISION_DEFAULTS).integer("vision_output_dim")
-    return linear("multi_modal_projector", text, wide, 1, "projector", bias=True)
-
-
-def llava_next_projector(f: Fields, v: Fields, text: int) -> Tensors:
-    """Two layers over the vision layers that vision_feature_layer lists, side by side, and the newline embedding."""
-    size = v.with_defaults(SIGLIP_DEFAULTS).integer("hidden_size")
-    chosen = f.get("vision_feature_layer")
-    count = len(f.integers("vision_feature_layer", -MAX_LAYERS, MAX_LAYERS)) if isinstance(chosen, list | tuple) else 1
-    if not count:
-        raise f.refuse("vision_feature_layer", "must name at least one layer")
-    bias = f.flag("multimodal_projector_bias", True)
-    return [
-        *parameter("image_newline", (text,), 1, "projector"),
-        *linear("multi_modal_projector.linear_1", text, count * size, 1, "projector", bias=bias),
-        *linear("multi_modal_projector.linear_2", text, text, 1, "projector", bias=bias),
-    ]
-
-
-def kimi_vl_projector(f: Fields, v: Fields, text: int) -> Tensors:
-    """Norm over one patch, then two layers over a merged block of them (vllm/model_executor/models/kimi_vl.py)."""
-    size = v.with_defaults(MOONVIT_DEFAULTS).integer("hidden_size")
-    kernel = v.integers("merge_kernel_size", 1, 1024) or (2, 2)
-    if len(kernel) != 2:
-        raise v.refuse("merge_kernel_size", f"must be a pair, not {len(kernel)} numbers")
-    merged = size * kernel[0] * kernel[1]
-    p = "multi_modal_projector."
-    return [
-        *norm(f"{p}pre_norm", size, 1, bias=True, part="projector"),
-        *linear(f"{p}linear_1", merged, merged, 1, "projector", bias=True),
-        *linear(f"{p}linear_2", text, merged, 1, "projector", bias=True),
-    ]
-
-
-def no_projector(f: Fields, v: Fields, text: int) -> Tensors:
-    """The tower ends in the text model's width (Qwen's mergers)."""
-    return []
-
-
-PROJECTORS: dict[str, Callable[[Fields, Fields, int], Tensors]] = {
-    "gemma3": gemma3_projector,
-    "mistral3": mistral3_projector,
-    "llama4": llama4_projector,
-    "mllama": mllama_projector,
-    "llava_next": llava_next_projector,
-    "kimi_vl": kimi_vl_projector,
-    "qwen2_vl": no_projector,
-    "qwen2_5_vl": no_projector,
-    "qwen3_5": no_projector,
 }
 
 

@@ -30,17 +30,26 @@ class GraphCost(Frozen):
 
 
 class VisionInput(Frozen):
-    """Multimodal profiling: bytes of pixels behind one encoder token, and how many tokens one image makes."""
+    """How a multimodal family's images reach the encoder when vLLM profiles it.
+
+    pixel_bytes_per_token: of pixels behind one encoder token; patches_per_token: that the tower computes for it
+    tokens_per_image: images are whole; max_item_tokens: of the largest image, profiled even beyond the batch
+    whole_on_each_rank_when_16_bit: the tower is not sharded unless the checkpoint is quantised
+    """
 
     pixel_bytes_per_token: int
     tokens_per_image: int
+    patches_per_token: int
+    max_item_tokens: int
+    whole_on_each_rank_when_16_bit: bool = False
 
 
 class Engine(Frozen):
     """The constants of one vLLM version; engines.json holds the source and the date of each.
 
     v2_runner_families: architectures that the V2 model runner serves ("dense": all that are not MoE, "all")
-    non_torch_gib: NCCL, kernels' own memory and the like, by tensor parallel size
+    non_torch_gib: NCCL, kernels' own memory and the like, by tensor parallel size; before_hopper: of one such card
+    pipeline_gib: what pipeline stages add to it
     sources: by constant, where it comes from
     """
 
@@ -64,6 +73,8 @@ class Engine(Frozen):
     graphs_in_budget: bool
     graphs_gib: GraphCost
     non_torch_gib: dict[int, GibRange]
+    non_torch_before_hopper_gib: GibRange
+    pipeline_gib: GibRange
     hybrid_groups: bool
     group_pad_factor: float
     tokens_by_concurrency: bool
@@ -125,11 +136,15 @@ def engine(version: str | None = None) -> Engine:
             sources[record["name"]] = record["source"]
     if not values:
         raise PlannerError(f"vLLM {version} is older than what is modelled: choose 0.6 or later")
-    values["non_torch_gib"] = {
-        int(tp): GibRange(low=low, expected=expected, high=high)
-        for tp, (low, expected, high) in values["non_torch_gib"].items()
-    }
+    values["non_torch_gib"] = {int(tp): _range(numbers) for tp, numbers in values["non_torch_gib"].items()}
+    for name in ("non_torch_before_hopper_gib", "pipeline_gib"):
+        values[name] = _range(values[name])
     return Engine(version=version, sources=sources, **values)
+
+
+def _range(numbers: list[float]) -> GibRange:
+    low, expected, high = numbers
+    return GibRange(low=low, expected=expected, high=high)
 
 
 def constant(name: str) -> Any:
@@ -143,7 +158,7 @@ def constant_source(name: str) -> str:
 
 def vision_input(architecture: str) -> VisionInput:
     """How a multimodal family's images reach the encoder; families not listed count as Qwen-VL's."""
-    table: dict[str, dict[str, int]] = constant("vision")
+    table: dict[str, dict[str, Any]] = constant("vision")
     for family, values in table.items():
         if architecture.startswith(family):
             return VisionInput(**values)

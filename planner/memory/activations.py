@@ -25,6 +25,7 @@ class Kernels(Frozen):
     lora: Unsloth-style MLP and attention whose backward recomputes and writes in place
     repeat_kv: key and value are expanded to all heads before attention (older transformers)
     expert_loop: routed experts run one after another (transformers 4), not in one grouped product
+    logit_copies: further copies of the logits that stay alive; upcasts_logits: the loss works in fp32
     keeps_logits: the 16-bit logits stay alive while the loss works on an fp32 copy (transformers 4.46 and later)
     """
 
@@ -35,6 +36,8 @@ class Kernels(Frozen):
     repeat_kv: bool = False
     expert_loop: bool = False
     keeps_logits: bool = False
+    logit_copies: int = 0
+    upcasts_logits: bool = True
 
 
 class LayerShape(Frozen):
@@ -61,7 +64,8 @@ class LayerShape(Frozen):
     shared_ffn: int
     mla: tuple[int, int, int, int] | None
     """(q_lora_rank or 0, kv_lora_rank, rope_head_dim, nope_head_dim * heads) of latent attention"""
-    modules: frozenset[str]
+    modules: dict[str, str]
+    """tensor name by role: q, k, v or qkv, o; gate, up or gate_up, down; what LoRA targets are matched against"""
 
 
 class StepSettings(Frozen):
@@ -70,7 +74,7 @@ class StepSettings(Frozen):
     tokens: micro_batch * seq_len; trains_weights: full fine-tuning
     residual_itemsize: bytes an element of the residual stream (4 under fp32 weights or fp32-cast embeddings)
     weight_itemsize, grad_itemsize: of a trained weight; autocast: linear layers run in 16 bits whatever comes in
-    lora_targets: module names that carry an adapter; quantized: base weights are dequantised for each product
+    lora_targets: names of the weights that carry an adapter; quantized: base weights are dequantised for each product
     """
 
     tokens: int
@@ -91,8 +95,19 @@ class StepSettings(Frozen):
     trains_head: bool = False
 
 
-_FUSED_QKV = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack", "qkv")
-_FUSED_GATE_UP = ("gate_up_proj", "dense_h_to_4h")
+BNB_FUSED_ROWS = 512
+"""bitsandbytes' gemm_4bit multiplies up to this many rows without unpacking the weight (backends/cuda/ops.py)"""
+_ATTENTION_ROLES = {
+    "q": ("q_proj",),
+    "k": ("k_proj",),
+    "v": ("v_proj",),
+    "qkv": ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "W_pack"),
+    "o": ("o_proj", "dense", "out_proj", "c_proj"),
+    "q_a": ("q_a_proj",),
+    "q_b": ("q_b_proj",),
+    "kv_a": ("kv_a_proj_with_mqa",),
+    "kv_b": ("kv_b_proj",),
+}
 _LAYER_NORM = ("gpt2", "gpt_bigcode", "gpt_neox", "falcon", "phi", "opt", "bloom", "stablelm", "starcoder2", "cohere")
 _PARALLEL = ("gpt_neox", "falcon", "phi", "cohere")
 
@@ -107,7 +122,7 @@ def layer_shape(spec: ModelSpec, group: LayerGroup, *, dense: bool = True) -> La
             f"training memory of {spec.name} is not modelled: its linear-attention layers save states that depend on"
             " the kernel; use --trace"
         )
-    names = frozenset(t.name.removesuffix(".weight").rsplit(".", 1)[-1] for t in spec.tensors if t.linear)
+    names = _roles(spec)
     experts = spec.experts
     moe = experts is not None and not dense
     gemma = spec.architecture.startswith("gemma")
@@ -130,13 +145,13 @@ def layer_shape(spec: ModelSpec, group: LayerGroup, *, dense: bool = True) -> La
         v=kv_heads * value_dim,
         attention_out=group.heads * value_dim,
         window=group.window,
-        fused_qkv=any(name in names for name in _FUSED_QKV),
+        fused_qkv="qkv" in names,
         qk_norm=spec.qk_norm,
         norm="gemma" if gemma else "layer" if spec.architecture in _LAYER_NORM else "rms",
         post_norms=spec.architecture in ("gemma2", "gemma3", "gemma3_text"),
         parallel=spec.architecture in _PARALLEL,
         gated=spec.gated_mlp,
-        fused_gate_up="gate_up_proj" in names,
+        fused_gate_up="gate_up" in names,
         ffn=0 if moe else spec.ffn,
         experts_per_token=experts.per_token if moe and experts else 0,
         expert_ffn=experts.ffn if moe and experts else 0,
@@ -145,6 +160,28 @@ def layer_shape(spec: ModelSpec, group: LayerGroup, *, dense: bool = True) -> La
         mla=mla,
         modules=names,
     )
+
+
+def _roles(spec: ModelSpec) -> dict[str, str]:
+    """Which weight plays which part: attention by the usual names, the dense feed-forward by its shapes."""
+    roles: dict[str, str] = {}
+    for tensor in spec.tensors:
+        if len(tensor.shape) != 2:
+            continue
+        last = tensor.name.removesuffix(".weight").rsplit(".", 1)[-1]
+        if tensor.part == "attention":
+            roles.update({role: tensor.name for role, known in _ATTENTION_ROLES.items() if last in known})
+        elif tensor.part in ("mlp", "shared_expert"):
+            rows, columns = tensor.shape
+            if columns != spec.hidden_size:
+                roles["down"] = tensor.name
+            elif spec.gated_mlp and last in ("gate_up_proj", "dense_h_to_4h"):
+                roles["gate_up"] = tensor.name
+            elif spec.gated_mlp and "gate" not in roles:
+                roles["gate"] = tensor.name
+            else:
+                roles["up"] = tensor.name
+    return roles
 
 
 class _Player:
@@ -212,16 +249,26 @@ class _Player:
         tape, step = self.tape, self.step
         rows = rows or self.tokens
         trained = step.trains_weights if trained is None else trained
-        lora = name in step.lora_targets
+        lora = self.shape.modules.get(name) in step.lora_targets
         weights = n_in * n_out
         source, fresh = self.cast(x, 2) if (step.autocast or step.quantized) else (x, False)
         out_itemsize = 2 if step.autocast or step.quantized or not trained else max(x.itemsize, step.weight_itemsize)
         y = tape.new(rows * n_out, out_itemsize)
-        scratch = 2 * weights if step.quantized and name != "lm_head" else 0
+        scratch = 0
+        if step.quantized and name != "lm_head":  # the whole weight in 16 bits, and its scales
+            scratch = 2 * weights
+            if rows > BNB_FUSED_ROWS:
+                tape.scratch(2 * weights + weights // 8)
+        saved = [source] if trained else []
+        copy = None
         if trained and step.autocast and step.weight_itemsize == 4:
             scratch += 2 * weights  # the 16-bit gradient before it is cast to the master's width
+            copy = tape.cast_weight(weights)
+            saved.append(copy)
         kept = weights * step.grad_itemsize if trained else 0
-        tape.record(y, [source], [source] if trained else [], scratch_bytes=scratch, kept_bytes=kept)
+        tape.record(y, [source], saved, scratch_bytes=scratch, kept_bytes=kept)
+        if copy is not None:
+            tape.drop(copy)
         if fresh:
             tape.drop(source)
         return self.adapter(x, y, n_in, n_out, rows) if lora else y
@@ -247,12 +294,11 @@ class _Player:
         narrow, fresh = self.cast(source, width)
         if dropped is not None:
             tape.drop(dropped)
-        a = tape.new(rows * step.lora_rank, width)
-        tape.record(a, [narrow], [narrow])
+        copies = step.autocast and step.lora_itemsize == 4
+        a = self._adapter_product(narrow, n_in, rows * step.lora_rank, width, copies)
         if fresh:
             tape.drop(narrow)
-        b = tape.new(rows * n_out, width)
-        tape.record(b, [a], [a])
+        b = self._adapter_product(a, n_out, rows * n_out, width, copies)
         tape.drop(a)
         if step.dora:
             return self._dora(x, y, b, rows, n_in, n_out, wide if wide_fresh else None)
@@ -267,6 +313,16 @@ class _Player:
         if wide_fresh:
             tape.drop(wide)
         return narrowed
+
+    def _adapter_product(self, x: Value, outer: int, elements: int, width: int, copies: bool) -> Value:
+        """x times lora_A or lora_B (rank x outer), whose fp32 weight autocast copies to 16 bits."""
+        tape = self.tape
+        copy = tape.cast_weight(self.step.lora_rank * outer) if copies else None
+        y = tape.new(elements, width)
+        tape.record(y, [x], [x] if copy is None else [x, copy])
+        if copy is not None:
+            tape.drop(copy)
+        return y
 
     def _dora(self, x: Value, y: Value, b: Value, rows: int, n_in: int, n_out: int, wide: Value | None) -> Value:
         """y + (m - 1) * y + m * b * scaling: the magnitude's gradient needs y and b."""
@@ -313,19 +369,18 @@ class _Player:
             q, k, v = self._latent(x)
         elif shape.fused_qkv:
             width = shape.q + shape.kv + shape.v
-            name = next(n for n in _FUSED_QKV if n in shape.modules)
-            packed = self.linear(x, shape.hidden, width, name)
+            packed = self.linear(x, shape.hidden, width, "qkv")
             q, k, v = tape.split(packed, (tokens * shape.q, tokens * shape.kv, tokens * shape.v))
             tape.drop(packed)
             q, k = self.rope(q), self.rope(k)
         else:
-            q = self.linear(x, shape.hidden, shape.q, "q_proj")
+            q = self.linear(x, shape.hidden, shape.q, "q")
             if shape.qk_norm:
                 q = self._replace(q, self.norm(q))
-            k = self.linear(x, shape.hidden, shape.kv, "k_proj")
+            k = self.linear(x, shape.hidden, shape.kv, "k")
             if shape.qk_norm:
                 k = self._replace(k, self.norm(k))
-            v = self.linear(x, shape.hidden, shape.v, "v_proj")
+            v = self.linear(x, shape.hidden, shape.v, "v")
             q, k = self.rope(q), self.rope(k)
         return self._attend(q, k, v)
 
@@ -339,15 +394,15 @@ class _Player:
         assert shape.mla is not None
         q_rank, kv_rank, rope_dim, _ = shape.mla
         if q_rank:
-            qa = self.linear(x, shape.hidden, q_rank, "q_a_proj")
+            qa = self.linear(x, shape.hidden, q_rank, "q_a")
             qn = self._replace(qa, self.norm(qa))
-            q = self._replace(qn, self.linear(qn, q_rank, shape.q, "q_b_proj"))
+            q = self._replace(qn, self.linear(qn, q_rank, shape.q, "q_b"))
         else:
-            q = self.linear(x, shape.hidden, shape.q, "q_proj")
-        kv_a = self.linear(x, shape.hidden, kv_rank + rope_dim, "kv_a_proj_with_mqa")
+            q = self.linear(x, shape.hidden, shape.q, "q")
+        kv_a = self.linear(x, shape.hidden, kv_rank + rope_dim, "kv_a")
         kn = self._replace(kv_a, self.norm(kv_a))
         nope = shape.q - shape.heads * rope_dim
-        kv = self._replace(kn, self.linear(kn, kv_rank, nope + shape.attention_out, "kv_b_proj"))
+        kv = self._replace(kn, self.linear(kn, kv_rank, nope + shape.attention_out, "kv_b"))
         q = self.rope(q)
         k = tape.new(tokens * shape.q, kv.itemsize)  # cat of the nope part and the broadcast rope part
         tape.record(k, [kv])
@@ -372,10 +427,11 @@ class _Player:
         else:
             out = tape.new(tokens * shape.attention_out, q.itemsize)
             lse = tape.new(tokens * shape.heads, 4, needs_grad=False)
-            tape.record(out, [q, k, v], [q, k, v, out, lse])
+            # FlashAttention 2's backward: dq in fp32, a row sum, and dk, dv for every query head where heads share them
+            scratch = 4 * q.elements + 4 * lse.elements + (4 * q.elements if shape.kv < shape.q else 0)
+            tape.record(out, [q, k, v], [q, k, v, out, lse], scratch_bytes=scratch)
             tape.drop(lse)
-        name = next((n for n in ("o_proj", "dense", "out_proj", "c_proj") if n in shape.modules), "o_proj")
-        y = self.linear(out, shape.attention_out, shape.hidden, name)
+        y = self.linear(out, shape.attention_out, shape.hidden, "o")
         tape.drop(q, k, v, out)
         return y
 
@@ -405,7 +461,7 @@ class _Player:
         shape = self.shape
         if shape.experts_per_token:
             return self._experts(x)
-        return self._mlp(x, shape.ffn, self.tokens, ("gate_proj", "up_proj", "down_proj"))
+        return self._mlp(x, shape.ffn, self.tokens, ("gate", "up", "down"))
 
     def _mlp(self, x: Value, ffn: int, rows: int, names: tuple[str, str, str]) -> Value:
         tape, shape, hidden = self.tape, self.shape, self.shape.hidden
@@ -417,8 +473,8 @@ class _Player:
             down = self.linear(act, ffn, hidden, names[2], rows=rows)
             tape.drop(act)
             return down
-        if shape.fused_gate_up and names[0] == "gate_proj":
-            packed = self.linear(x, hidden, 2 * ffn, "gate_up_proj", rows=rows)
+        if shape.fused_gate_up and names[0] == "gate":
+            packed = self.linear(x, hidden, 2 * ffn, "gate_up", rows=rows)
             gate, up = tape.split(packed, (rows * ffn, rows * ffn))
             tape.drop(packed)
             held: tuple[Value, ...] = (gate, up)
@@ -465,7 +521,7 @@ class _Player:
         tape.record(out, [weighted])
         tape.drop(weighted)
         if shape.shared_ffn:
-            shared = self._mlp(x, shape.shared_ffn, self.tokens, ("gate_proj", "up_proj", "down_proj"))
+            shared = self._mlp(x, shape.shared_ffn, self.tokens, ("gate", "up", "down"))
             total = self.add(out, shared)
             tape.drop(out, shared)
             return total
@@ -518,10 +574,11 @@ class _Player:
         return out
 
 
-LossHead = Literal["hf", "hf_shifted", "hf_16bit", "in_place", "chunked", "liger", "logit_chunks", "none"]
+LossHead = Literal["hf", "hf_shifted", "hf_outputs", "hf_16bit", "in_place", "chunked", "liger", "logit_chunks", "none"]
 """How the logits become a loss:
 hf            transformers 5: 16-bit logits, an fp32 copy, log_softmax (ForCausalLMLoss)
 hf_shifted    transformers up to 4.45: fp32 logits, their shifted copy, log_softmax
+hf_outputs    hf_shifted under autocast, with the model's outputs alive until the backward is through (Trainers of 2023)
 hf_16bit      models that never upcast: 16-bit logits, shifted copy, log_softmax in the logits' width
 in_place      logits and shifted copy materialised, loss and gradient written in place by one kernel
 chunked       TRL's fused head: [4096, 32768] tiles, no logits at all
@@ -561,7 +618,7 @@ def play_layer(shape: LayerShape, step: StepSettings, *, checkpointed: bool) -> 
 
 def play_head(head: HeadShape, step: StepSettings, loss: LossHead) -> Callable[[Tape], Value]:
     """The final norm, the head and the loss for `tape.run`; the output is the scalar loss."""
-    layer = LayerShape.model_construct(hidden=head.hidden, norm=head.norm)
+    layer = LayerShape.model_construct(hidden=head.hidden, norm=head.norm, modules={})
 
     def play(tape: Tape) -> Value:
         player = _Player(tape, layer, step)
@@ -651,13 +708,25 @@ def _full_head(player: _Player, head: HeadShape, hidden: Value, loss: Value, kin
         if fresh:
             tape.drop(logits)
         logits = wide
-    if kind in ("hf_shifted", "hf_16bit", "in_place"):
-        wide, fresh = player.cast(logits, 4) if kind == "in_place" else (logits, False)
+    if kind == "hf_outputs":
+        outputs = tape.new(cells, 4, needs_grad=False)
+        shifted = tape.new(cells, logits.itemsize)
+        tape.record(shifted, [logits])
+        wide, _ = player.cast(shifted, 4)
+        probabilities = tape.new(cells, 4)
+        tape.record(probabilities, [wide], [probabilities, outputs, logits, shifted])
+        tape.drop(wide, outputs, logits, shifted)
+        tape.record(loss, [probabilities])
+        tape.drop(probabilities)
+    elif kind in ("hf_shifted", "hf_16bit", "in_place"):
+        upcast = kind == "in_place" and step.kernels.upcasts_logits
+        wide, fresh = player.cast(logits, 4) if upcast else (logits, False)
         if fresh:
             tape.drop(logits)
             logits = wide
+        copies = tape.new(cells * step.kernels.logit_copies, logits.itemsize, needs_grad=False)
         shifted = tape.new(cells, logits.itemsize)
-        tape.record(shifted, [logits], scratch_bytes=0)
+        tape.record(shifted, [logits])
         if kind == "in_place":
             tape.record(loss, [shifted], [shifted], in_place=True)
             tape.drop(shifted, logits)
@@ -666,6 +735,7 @@ def _full_head(player: _Player, head: HeadShape, hidden: Value, loss: Value, kin
             tape.record(probabilities, [shifted], [probabilities])
             tape.record(loss, [probabilities])
             tape.drop(probabilities, shifted, logits)
+        tape.drop(copies)
     elif kind == "logit_chunks":
         probabilities = tape.new(cells, logits.itemsize)
         tape.record(probabilities, [logits], [probabilities])

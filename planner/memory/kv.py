@@ -48,8 +48,8 @@ class KvLayout(Frozen):
     sized_layers: int
     tokens_by_concurrency: bool
 
-    def blocks_for(self, tokens: Any, in_flight: int) -> Any:
-        """Blocks that a sequence of `tokens` may hold at most; tokens is an int or an integer array.
+    def blocks_for(self, tokens: Any, in_flight: Any) -> Any:
+        """Blocks that a sequence of `tokens` may hold at most; both are ints or integer arrays.
 
         full: ceil(tokens / block); sliding: ceil(min(window - 1 + in_flight, tokens) / block) + 1; chunked the same
         with the whole chunk and no extra block; linear: its states.

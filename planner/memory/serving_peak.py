@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planner.catalog.engines import Engine, GibRange, constant, vision_input
+from planner.errors import NotModelled
 from planner.memory.weights import VISION_PARTS, WeightScheme, cdiv
 from planner.model import Frozen, ModelSpec
 from planner.units import GIB
@@ -31,7 +32,7 @@ class Device(Frozen):
 
 
 class ActivationPeak(Frozen):
-    """Bytes by phase; the peak is persistent + workspace + the larger of prefill and sampler.
+    """Bytes by phase; the peak is persistent + workspace + the largest of encoder, prefill and sampler.
 
     persistent: MoE workspace kept across calls, and what a vision encoder leaves while the decoder is profiled
     workspace: cuBLAS
@@ -39,16 +40,19 @@ class ActivationPeak(Frozen):
 
     prefill_bytes: int
     sampler_bytes: int
+    encoder_bytes: int
     persistent_bytes: int
     workspace_bytes: int
 
     @property
     def total_bytes(self) -> int:
-        return self.persistent_bytes + self.workspace_bytes + max(self.prefill_bytes, self.sampler_bytes)
+        phases = max(self.prefill_bytes, self.sampler_bytes, self.encoder_bytes)
+        return self.persistent_bytes + self.workspace_bytes + phases
 
     @property
     def phase(self) -> str:
-        return "sampler" if self.sampler_bytes >= self.prefill_bytes else "prefill"
+        sizes = {"sampler": self.sampler_bytes, "prefill": self.prefill_bytes, "encoder": self.encoder_bytes}
+        return max(sizes, key=sizes.__getitem__)
 
 
 def uses_v2_runner(spec: ModelSpec, scheme: WeightScheme, engine: Engine) -> bool:
@@ -109,6 +113,7 @@ def activation_peak(
     sampler = sequences * vocab * sampler_bytes_per_logit + multiprocessors * vocab * sampler_row_buffer_bytes
               + hidden states of the batch and twice those that are sampled
     MoE     = tokens * experts_per_token * 2 B * (max(ffn / tp, hidden) + max(2 * ffn / tp, hidden)), kept since 0.13
+    encoder = patches of the profiled images through one layer of the vision tower
     vision  = encoder tokens * (hidden * 2 B + pixels behind a token), held while the decoder runs
     """
     hidden, tokens = spec.hidden_size, batch.tokens
@@ -116,12 +121,13 @@ def activation_peak(
     routed = 0
     if spec.experts is not None:
         dense = max(dense, spec.experts.shared_ffn)
-        routed = _moe_bytes(spec, tokens, tp)
+        routed = _moe_bytes(spec, engine, tokens, tp)
     width = cdiv((3 if spec.gated_mlp else 2) * dense, tp)
     prefill = 2 * tokens * (width + HIDDEN_COPIES * hidden)
     eight_bit = scheme.quantization is not None and scheme.quantization.activation_bits == 8
     if eight_bit:
         prefill += tokens * (cdiv(dense, tp) + hidden)
+    encoder, kept_vision = _vision_bytes(spec, engine, tokens, tp)
     packed_experts = scheme.quantization is not None and scheme.quantization.method == "mxfp4"
     keeps_workspace = engine.moe_workspace_persistent and not packed_experts
     if not keeps_workspace:
@@ -136,25 +142,44 @@ def activation_peak(
     return ActivationPeak(
         prefill_bytes=prefill,
         sampler_bytes=sampler,
-        persistent_bytes=(routed if keeps_workspace else 0) + _vision_bytes(spec, engine, tokens),
+        encoder_bytes=encoder,
+        persistent_bytes=(routed if keeps_workspace else 0) + kept_vision,
         workspace_bytes=workspace["hopper_and_later" if device.compute_capability[0] >= 9 else "earlier"],
     )
 
 
-def _moe_bytes(spec: ModelSpec, tokens: int, tp: int) -> int:
-    """The two workspaces of the fused experts: vllm/model_executor/layers/fused_moe/fused_moe.py, workspace_shapes."""
+def _moe_bytes(spec: ModelSpec, engine: Engine, tokens: int, tp: int) -> int:
+    """The fused experts' buffers: vllm/model_executor/layers/fused_moe/fused_moe.py, workspace_shapes.
+
+    Kept workspaces: both as wide as the widest of what they hold. One call's buffers: chunks of 32,768 tokens.
+    """
     assert spec.experts is not None
     ffn, hidden = cdiv(spec.experts.ffn, tp), spec.hidden_size
-    return 2 * tokens * spec.experts.per_token * (max(ffn, hidden) + max(2 * ffn, hidden))
+    second = max(ffn, hidden) if engine.moe_workspace_persistent else ffn
+    rows = min(tokens, int(constant("moe_chunk_tokens"))) * spec.experts.per_token
+    return 2 * rows * (max(2 * ffn, hidden) + second)
 
 
-def _vision_bytes(spec: ModelSpec, engine: Engine, tokens: int) -> int:
-    """Pixels and encoder output of the whole images that the encoder budget (a batch's tokens) holds, at least one."""
-    if engine.is_v0 or not has_vision(spec):
-        return 0
+def _vision_bytes(spec: ModelSpec, engine: Engine, tokens: int, tp: int) -> tuple[int, int]:
+    """The encoder's own peak, and the pixels and encoder output that stay while the decoder is profiled.
+
+    Encoded are the whole images that the budget holds: a batch's tokens, or the largest image where that is more.
+    The tower's peak is one layer over all patches: patches * 2 B * (feed-forward / tp + 4 * hidden).
+    """
+    if not has_vision(spec):
+        return 0, 0
+    if engine.is_v0:
+        raise NotModelled(f"the V0 engine profiles {spec.name} with images for every sequence: use vLLM 0.8 or later")
     image = vision_input(spec.architecture)
-    kept = max(tokens // image.tokens_per_image, 1) * image.tokens_per_image
-    return kept * (2 * spec.hidden_size + image.pixel_bytes_per_token)
+    budget = max(tokens, image.max_item_tokens)
+    encoded = max(budget // image.tokens_per_image, 1) * image.tokens_per_image
+    matrices = [t.shape for t in spec.tensors if t.part == "vision" and t.linear and len(t.shape) == 2]
+    hidden = min((min(shape) for shape in matrices), default=0)
+    gated = any("gate_proj" in t.name for t in spec.tensors if t.part == "vision")
+    feed_forward = max((shape[0] for shape in matrices), default=0) * (3 if gated else 2)
+    patches = encoded * image.patches_per_token
+    encoder = 2 * patches * (cdiv(feed_forward, tp) + HIDDEN_COPIES * hidden)
+    return encoder, encoded * (2 * spec.hidden_size + image.pixel_bytes_per_token)
 
 
 def _multiprocessors(device: Device) -> int:
@@ -173,21 +198,40 @@ def v2_state_bytes(spec: ModelSpec, scheme: WeightScheme, engine: Engine, batch:
     return int(batch.sequences * spec.vocab_size * engine.v2_state_bytes_per_logit)
 
 
-def non_torch_bytes(engine: Engine, tp: int) -> tuple[int, int, int]:
+def non_torch_bytes(engine: Engine, device: Device, tp: int, pp: int) -> tuple[int, int, int]:
     """Low, expected and high bytes of NCCL, kernels and libraries, at that tensor parallel size or the next listed."""
     sizes = sorted(engine.non_torch_gib)
     found: GibRange = engine.non_torch_gib[next((size for size in sizes if size >= tp), sizes[-1])]
-    return int(found.low * GIB), int(found.expected * GIB), int(found.high * GIB)
+    if tp == 1 and device.compute_capability[0] < 9:
+        found = engine.non_torch_before_hopper_gib
+    numbers = (found.low, found.expected, found.high)
+    if pp > 1:
+        stages = engine.pipeline_gib
+        numbers = (found.low + stages.low, found.expected + stages.expected, found.high + stages.high)
+    low, expected, high = (int(gib * GIB) for gib in numbers)
+    return low, expected, high
 
 
-def graph_bytes(spec: ModelSpec, engine: Engine, pp: int, *, enforce_eager: bool) -> tuple[int, int, int]:
-    """Low, expected and high bytes of the CUDA graphs: base + per_layer * layers (+ moe), nothing when eager."""
+def graph_bytes(spec: ModelSpec, engine: Engine, batch: Batch, pp: int, *, enforce_eager: bool) -> tuple[int, int, int]:
+    """Low, expected and high bytes of the CUDA graphs, nothing when eager.
+
+    (base + per_layer * layers + moe) * captured batch sizes / 51, the sizes of a server with 256 sequences and more.
+    """
     if enforce_eager:
         return 0, 0, 0
     cost = engine.graphs_gib
     layers = cdiv(spec.num_layers, pp)
-    expected = cost.base + cost.per_layer * layers + (cost.moe if spec.experts is not None else 0.0)
-    return int(max(expected - cost.spread, 0.1) * GIB), int(expected * GIB), int((expected + cost.spread) * GIB)
+    share = _captured_sizes(batch) / int(constant("graph_sizes")["counted"])
+    expected = (cost.base + cost.per_layer * layers + (cost.moe if spec.experts is not None else 0.0)) * share
+    low, high = max(expected - cost.spread * share, 0.0), expected + cost.spread * share
+    return int(low * GIB), int(expected * GIB), int(high * GIB)
+
+
+def _captured_sizes(batch: Batch) -> int:
+    """Batch sizes captured: 1, 2, 4, every 8 up to 248, then every 16, until min(2 * sequences, tokens, 512)."""
+    largest = min(2 * batch.sequences, batch.tokens, int(constant("graph_sizes")["largest"]))
+    small = sum(size <= largest for size in (1, 2, 4))
+    return small + min(largest, 255) // 8 + max(0, (largest - 256) // 16 + 1 if largest >= 256 else 0)
 
 
 def context_bytes() -> tuple[int, int, int]:

@@ -59,6 +59,8 @@ class Tape:
     live_bytes: int = 0
     peak_bytes: int = 0
     kept_bytes: int = 0
+    cast_bytes: int = 0
+    """16-bit copies of fp32 weights, which autocast caches until the forward ends"""
     peak_at_last_save_bytes: int = 0
     """the forward's peak by the time the last tensor was saved: non-reentrant checkpointing recomputes no further"""
     _peak_before_new_bytes: int = 0
@@ -74,6 +76,11 @@ class Tape:
         self._peak_before_new_bytes = self.peak_bytes
         self._grow(size)
         return Value(Buffer(size), elements, itemsize, needs_grad)
+
+    def cast_weight(self, elements: int) -> Value:
+        """A 16-bit copy of an fp32 weight: cached by autocast, and saved by the product that uses it."""
+        self.cast_bytes += 2 * elements
+        return self.new(elements, 2, needs_grad=False)
 
     def hold(self, buffer: Buffer) -> None:
         buffer.holders += 1
@@ -187,7 +194,7 @@ class Tape:
 class StepBytes(NamedTuple):
     """forward_peak: while it runs; saved: kept for the backward; backward_peak: saved tensors and recompute included.
 
-    kept: gradients of weights that the backward leaves; resaved: what one pass keeps for its backward, recomputed or not.
+    kept: gradients of weights that the backward leaves; resaved: what one pass keeps for its backward, recomputed or not; casts: autocast's cached weight copies.
     """
 
     forward_peak: int
@@ -195,6 +202,7 @@ class StepBytes(NamedTuple):
     backward_peak: int
     kept: int
     resaved: int
+    casts: int
 
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
@@ -218,11 +226,11 @@ def run(play: Callable[[Tape], Value], checkpointing: Checkpointing = "none") ->
     if checkpointing == "none":
         tape.peak_bytes = saved
         tape.backward(output)
-        return StepBytes(forward_peak, saved, tape.peak_bytes, tape.kept_bytes, saved)
+        return StepBytes(forward_peak, saved, tape.peak_bytes, tape.kept_bytes, saved, tape.cast_bytes)
     if checkpointing == "reentrant":
         tape.peak_bytes = forward_peak + output.size_bytes
         tape.backward(output)
-        return StepBytes(forward_peak, 0, tape.peak_bytes, tape.kept_bytes, saved)
+        return StepBytes(forward_peak, 0, tape.peak_bytes, tape.kept_bytes, saved, tape.cast_bytes)
     tape.live_bytes = tape.peak_bytes = 0  # nothing is recomputed yet
     tape._seed(output)
     while tape.nodes and not tape.nodes[-1].saved:
@@ -232,4 +240,4 @@ def run(play: Callable[[Tape], Value], checkpointing: Checkpointing = "none") ->
     tape.peak_bytes = max(tape.peak_bytes, recompute_peak, tape.live_bytes)
     while tape.nodes:
         tape._step_back(tape.nodes.pop())
-    return StepBytes(forward_peak, 0, tape.peak_bytes, tape.kept_bytes, saved)
+    return StepBytes(forward_peak, 0, tape.peak_bytes, tape.kept_bytes, saved, tape.cast_bytes)

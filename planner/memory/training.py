@@ -44,7 +44,7 @@ Optimizer = Literal[
     "sgd_momentum",
     "none",
 ]
-Parallelism = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp"]
+Parallelism = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2"]
 Offload = Literal["optimizer", "parameters", "activations"]
 Width = Literal["bf16", "fp16", "fp32"]
 BaseQuantization = Literal["nf4", "nf4-double", "gptq4", "gptq8", "int8"]
@@ -185,7 +185,7 @@ def _resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: boo
             " (--weights-dtype fp32), use LoRA, or take an Ampere or newer GPU"
         )
     if settings.parallelism == "none" and settings.n_gpus > 1:
-        raise PlannerError(f"{settings.n_gpus} GPUs need a --parallelism: ddp, zero1, zero2, zero3 or fsdp")
+        raise PlannerError(f"{settings.n_gpus} GPUs need a --parallelism: ddp, zero1, zero2, zero3, fsdp or fsdp2")
     if quantized and settings.parallelism in ("zero1", "zero2") and settings.offload & {"parameters"}:
         raise PlannerError("parameters are offloaded only by zero3 or fsdp: choose one of them")
     if settings.attention == "flash" and not flash:
@@ -247,7 +247,7 @@ def _static_bytes(job: _Run) -> _Static:
     # modules_to_save keeps the frozen original and trains a copy
     copies = embeddings * job.weight_itemsize if s.trained_embeddings and not job.trains_all else 0
     n = s.n_gpus
-    zero3 = s.parallelism in ("zero3", "fsdp")
+    zero3 = s.parallelism in ("zero3", "fsdp", "fsdp2")
     shard_weights = n if zero3 else 1
     weights = -(-base // shard_weights) + -(-copies // shard_weights)
     adapter_bytes = adapters * job.adapter_itemsize
@@ -272,9 +272,8 @@ def _static_bytes(job: _Run) -> _Static:
     buckets = 0
     if s.parallelism == "ddp":  # gradient buckets beside the gradients
         buckets = gradients
-    elif s.parallelism.startswith("zero") and n > 1:
-        bucket = min(int(constant("deepspeed_bucket_elements")["value"]), max(1, adapters + trained_base))
-        buckets = 2 * 2 * bucket  # two buckets in flight (overlap_comm), 16 bits
+    elif s.parallelism.startswith("zero"):  # two buckets (overlap_comm) of 16 bits, whatever there is to reduce
+        buckets = 2 * 2 * int(constant("deepspeed_bucket_elements")["value"])
     if "optimizer" in s.offload:
         optimizer = scratch = 0
     if "parameters" in s.offload:
@@ -422,7 +421,7 @@ def _play(job: _Run) -> _Tapes:
     sequences = s.micro_batch * (2 if s.task == "dpo" else 1)
     tokens = sequences * s.seq_len
     fp32_stream = (job.trains_all and job.weight_itemsize == 4) or (s.kbit_prepare and not job.autocast)
-    sharded_masters = s.parallelism == "fsdp"  # FSDP's mixed precision hands the layers 16-bit weights
+    sharded_masters = s.parallelism.startswith("fsdp")  # FSDP's mixed precision hands the layers 16-bit weights
     step = StepSettings(
         tokens=tokens,
         seq_len=s.seq_len,
@@ -432,7 +431,7 @@ def _play(job: _Run) -> _Tapes:
         grad_itemsize=4 if job.weight_itemsize == 4 and not sharded_masters else 2,
         autocast=job.autocast,
         lora_rank=0 if job.trains_all else s.lora_rank,
-        lora_targets=frozenset(_module(tensor) for tensor, _ in _adapter_tensors(job)),
+        lora_targets=frozenset(tensor.name for tensor, _ in _adapter_tensors(job)),
         lora_itemsize=4 if job.adapter_itemsize == 4 else 2,
         lora_dropout=s.lora_dropout > 0,
         dora=s.method in ("dora", "qdora"),
@@ -452,10 +451,6 @@ def _play(job: _Run) -> _Tapes:
     checkpoint = step.residual_itemsize * spec.hidden_size * tokens
     embedding = step.grad_itemsize * spec.vocab_size * spec.hidden_size if step.trains_head else 0
     return _Tapes(tokens, checkpoint, tuple(layers), run(play_head(head, step, job.loss)), embedding)
-
-
-def _module(tensor: Tensor) -> str:
-    return tensor.name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
 def _layer_kinds(spec: ModelSpec) -> list[tuple[LayerShape, int]]:
@@ -488,18 +483,22 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
     }
     gathered = static.gathered_root
     carried = static.gradients if s.gradient_accumulation_steps > 1 else 0
-    per_layer_gradient = (static.gradients - (carried and static.gradients)) // max(1, layers)
     offloaded = "activations" in s.offload or (job.trainer.checkpointing == "offloaded" and job.checkpointing != "none")
     checkpointed = job.checkpointing != "none"
 
     # an adapter run under reentrant checkpointing keeps one more residual stream than it has layers
-    extra = int(constant("reentrant_adapter_streams")["value"]) if job.checkpointing == "reentrant" and not job.trains_all else 0
+    extra = (
+        int(constant("reentrant_adapter_streams")["value"])
+        if job.checkpointing == "reentrant" and not job.trains_all
+        else 0
+    )
 
     def kept(count: int) -> int:
         if not checkpointed:
             return 0
         return tapes.checkpoint * (min(count, 2) if offloaded else count + extra)
 
+    casts = sum(layer.count * layer.bytes.casts for layer in tapes.layers) if checkpointed else 0
     saved = 0 if checkpointed else sum(layer.count * layer.bytes.saved for layer in tapes.layers)
     head_kept = tapes.head.kept
     # FSDP1 hooks of frozen layers hold each layer's input, and its gradient, until the backward ends
@@ -507,6 +506,10 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
     skipped = int(constant("fsdp_frozen_layers_not_held")["value"])
     held = tapes.checkpoint * (layers + max(0, layers - skipped)) if frozen_fsdp else 0
     worst = max(tapes.layers, key=lambda layer: layer.bytes.backward_peak).bytes
+    # gradients when the first layer's backward starts: all but its own and those of an untied embedding
+    untied = 0 if job.spec.tied_embeddings else tapes.embedding_gradient
+    own = worst.kept if worst.kept else static.gradients // max(1, layers)
+    late = max(0, static.gradients - (own + untied) // _grad_shards(job))
     widest_forward = max(layer.bytes.forward_peak for layer in tapes.layers)
     widest_saved = max(layer.bytes.saved for layer in tapes.layers)
 
@@ -522,9 +525,7 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
     step["gradients"] = static.gradients
     step["step_temporaries"] = static.step_scratch
     result = [Instant(name="optimizer step", parts={key: value for key, value in step.items() if value})]
-    if s.parallelism.startswith("zero") and not s.offload and static.gathered_root:
-        result[0] = Instant(name="optimizer step", parts={**result[0].parts})
-    result.append(instant("loss, forward", carried, kept(layers) + saved, tapes.head.forward_peak))
+    result.append(instant("loss, forward", carried, kept(layers) + saved + casts, tapes.head.forward_peak))
     result.append(instant("loss, backward", carried, kept(layers) + saved, tapes.head.backward_peak))
     if checkpointed:
         result.append(
@@ -539,9 +540,7 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
         result.append(
             instant(
                 "backward of the first layer",
-                max(carried, static.gradients - per_layer_gradient)
-                if not _kept_in_tape(worst)
-                else max(carried, static.gradients - worst.kept // _grad_shards(job)),
+                max(carried, late),
                 held or kept(1),
                 worst.backward_peak,
                 layer_gather=True,
@@ -563,7 +562,7 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
         result.append(
             instant(
                 "backward of the first layer",
-                max(carried, static.gradients - worst.kept // _grad_shards(job)),
+                max(carried, late),
                 0,
                 worst.backward_peak,
                 layer_gather=True,
@@ -575,12 +574,8 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
     return tuple(result)
 
 
-def _kept_in_tape(layer: StepBytes) -> bool:
-    return layer.kept > 0
-
-
 def _grad_shards(job: _Run) -> int:
-    return job.settings.n_gpus if job.settings.parallelism in ("zero2", "zero3", "fsdp") else 1
+    return job.settings.n_gpus if job.settings.parallelism in ("zero2", "zero3", "fsdp", "fsdp2") else 1
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------

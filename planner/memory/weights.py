@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import ceil
 
-from planner.catalog.engines import constant, quantization_format, quantization_formats
+from planner.catalog.engines import constant, quantization_format, quantization_formats, vision_input
 from planner.errors import NotModelled, PlannerError
 from planner.model import Frozen, ModelSpec, Quantization, Tensor
 
@@ -79,10 +80,12 @@ def rank_shape(tensor: Tensor, spec: ModelSpec, tp: int) -> tuple[int, ...]:
     """The shape of one member of a tensor family on one rank of tp.
 
     vocab: rows padded to 64, then split. out and in: rows and columns split. kv: key/value heads are split until each
-    rank has one, then replicated; of a fused matrix only kv_rows are.
+    rank has one, then replicated; of a fused matrix only kv_rows are. A vision tower's matrices are split.
     Source: vllm/model_executor/layers/linear.py (QKVParallelLinear), vocab_parallel_embedding.py.
     """
     shape = tensor.shape
+    if tensor.part == "vision" and tensor.linear and len(shape) == 2 and _splits_vision(spec):
+        return (cdiv(shape[0], tp), shape[1])
     if tensor.shard == "vocab":
         return (round_up(shape[0], VOCABULARY_ALIGNMENT) // tp, *shape[1:])
     if tp == 1 or tensor.shard == "none":
@@ -96,6 +99,10 @@ def rank_shape(tensor: Tensor, spec: ModelSpec, tp: int) -> tuple[int, ...]:
     return (*shape[:-1], cdiv(shape[-1], tp))
 
 
+def _splits_vision(spec: ModelSpec) -> bool:
+    return spec.quantization is not None or not vision_input(spec.architecture).whole_on_each_rank_when_16_bit
+
+
 def _kv_rows(rows: int, heads: int, tp: int) -> int:
     return rows * cdiv(heads, tp) // heads
 
@@ -107,28 +114,40 @@ def weight_bytes(
     tp: int = 1,
     pp: int = 1,
     compute_capability: tuple[int, int] = (9, 0),
+    sizes: Sequence[int] | None = None,
 ) -> int:
     """Bytes of all parameters on the fullest rank.
 
     sum over tensor families of count * bytes(rank shape, scheme); with pipeline parallelism the layers of the largest
     stage plus the larger of the first stage's embedding (and vision tower) and the last one's output head.
+    sizes: what family_bytes gave, where a caller has it already.
     """
     check_parallel(spec, tp, pp)
+    if sizes is None:
+        sizes = family_bytes(spec, scheme, tp=tp, compute_capability=compute_capability)
+    if pp == 1:
+        return sum(sizes)
     layers = first = last = 0
-    for tensor in spec.tensors:
-        size = tensor_bytes(tensor, spec, scheme, tp=tp, compute_capability=compute_capability)
+    for tensor, size in zip(spec.tensors, sizes, strict=True):
         if tensor.part == "embedding":
             first += size
-            last += size if spec.tied_embeddings and pp > 1 else 0
+            last += size if spec.tied_embeddings else 0
         elif tensor.part in VISION_PARTS:
             first += size
         elif tensor.part == "lm_head" or (tensor.part == "norm" and tensor.count == 1):
             last += size
         else:
             layers += size
-    if pp == 1:
-        return layers + first + last
     return ceil(layers * cdiv(spec.num_layers, pp) / spec.num_layers) + max(first, last)
+
+
+def family_bytes(
+    spec: ModelSpec, scheme: WeightScheme, *, tp: int, compute_capability: tuple[int, int]
+) -> tuple[int, ...]:
+    """tensor_bytes of every family, in the order of spec.tensors."""
+    return tuple(
+        tensor_bytes(tensor, spec, scheme, tp=tp, compute_capability=compute_capability) for tensor in spec.tensors
+    )
 
 
 def check_parallel(spec: ModelSpec, tp: int, pp: int) -> None:
@@ -255,6 +274,44 @@ def _mxfp4_expert_bytes(tensor: Tensor, spec: ModelSpec, tp: int, compute_capabi
         return rows * (4 if triton else 2)
     cols = hidden if is_input else ffn
     return rows * round_up(cols, pad["k"]) // 2 + rows * cdiv(cols, 32)
+
+
+FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+"""Matrices that vLLM stacks into one parameter (packed_modules_mapping of its models)."""
+
+
+def allocator_rounding_bytes(
+    spec: ModelSpec,
+    scheme: WeightScheme,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    compute_capability: tuple[int, int] = (9, 0),
+    sizes: Sequence[int] | None = None,
+) -> int:
+    """What torch's allocator adds to large parameters: a rest of up to 1 MiB below the next multiple of 2 MiB.
+
+    Query, key and value are one parameter, so are gate and up, and all experts of a layer.
+    Source: pytorch/c10/cuda/CUDACachingAllocator.cpp (round_size, should_split).
+    """
+    if sizes is None:
+        sizes = family_bytes(spec, scheme, tp=tp, compute_capability=compute_capability)
+    modules: dict[tuple[str, int], int] = {}
+    for tensor, total in zip(spec.tensors, sizes, strict=True):
+        if len(tensor.shape) < 2 or tensor.part in VISION_PARTS:
+            continue
+        stacked = spec.experts.count if tensor.part == "expert" and spec.experts is not None else 1
+        layers = max(1, tensor.count // stacked)
+        prefix, _, last = tensor.name.removesuffix(".weight").rpartition(".")
+        key = (f"{prefix}.{FUSED.get(last, last)}", layers)
+        modules[key] = modules.get(key, 0) + total // layers
+    rules: dict[str, int] = constant("allocator")
+    added = 0
+    for (_, layers), size in modules.items():
+        rest = -size % rules["rounding"]
+        if size >= rules["large"] and rest <= rules["kept_remainder"]:
+            added += rest * (cdiv(layers, pp) if layers > 1 else 1)
+    return added
 
 
 def absorbed_mla_bytes(spec: ModelSpec, tp: int, pp: int = 1) -> int:

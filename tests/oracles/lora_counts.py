@@ -23,9 +23,7 @@ def count(config: dict, targets: list[str] | str | None, rank: int) -> int | str
     model = build(config)
     try:
         with torch.device("meta"):
-            adapted = peft.get_peft_model(
-                model, peft.LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM")
-            )
+            adapted = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=targets, task_type="CAUSAL_LM"))
     except ValueError:  # no module of that name, or no default for the architecture
         return "refused"
     return sum(p.numel() for p in adapted.parameters() if p.requires_grad)
