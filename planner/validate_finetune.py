@@ -100,7 +100,7 @@ def predict_row(row: Mapping[str, str]) -> FinetunePrediction:
     estimate = memory.estimate
     predicted = memory.allocated_bytes
     if kind == "reserved":
-        predicted += estimate.component("allocator_slack").expected_bytes
+        predicted += estimate.component("allocator slack").expected_bytes
     elif kind in ("device", "unstated"):
         predicted = estimate.expected_bytes
     if "per-gpu" not in row["mem_unit"].lower() and "SUM-OVER-GPUS" in row["mem_unit"]:

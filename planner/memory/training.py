@@ -476,8 +476,8 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
     base = {
         "weights": static.weights,
         "adapters": static.adapters,
-        "optimizer_state": static.optimizer,
-        "reference_model": static.reference,
+        "optimizer state": static.optimizer,
+        "reference model": static.reference,
         "workspace": static.workspace,
         "communication": static.buckets,
     }
@@ -515,7 +515,7 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
 
     def instant(name: str, gradients: int, activations: int, transient: int, *, layer_gather: bool = False) -> Instant:
         parts = dict(base)
-        parts["gathered_weights"] = gathered + (static.gathered_layer if layer_gather else 0)
+        parts["gathered weights"] = gathered + (static.gathered_layer if layer_gather else 0)
         parts["gradients"] = gradients
         parts["activations"] = activations
         parts["working"] = transient
@@ -523,7 +523,7 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
 
     step = dict(base)
     step["gradients"] = static.gradients
-    step["step_temporaries"] = static.step_scratch
+    step["step temporaries"] = static.step_scratch
     result = [Instant(name="optimizer step", parts={key: value for key, value in step.items() if value})]
     result.append(instant("loss, forward", carried, kept(layers) + saved + casts, tapes.head.forward_peak))
     result.append(instant("loss, backward", carried, kept(layers) + saved, tapes.head.backward_peak))
@@ -583,15 +583,15 @@ def _grad_shards(job: _Run) -> int:
 _FORMULAS: dict[str, tuple[str, str]] = {
     "weights": ("parameters x bytes each / shards; quantised linear weights at 4 bits + scales", "base_weight_bytes"),
     "adapters": ("rank x (in + out) summed over adapted matrices x bytes each", "peft tuners/lora/layer.py"),
-    "optimizer_state": ("two moments in the trained parameters' width (8-bit: 1 byte each)", _SOURCE_STATE),
-    "reference_model": ("a second copy of the weights, frozen, 16 bits", "trl trainer/dpo_trainer.py"),
+    "optimizer state": ("two moments in the trained parameters' width (8-bit: 1 byte each)", _SOURCE_STATE),
+    "reference model": ("a second copy of the weights, frozen, 16 bits", "trl trainer/dpo_trainer.py"),
     "workspace": ("cuBLAS workspaces, one for the forward thread and one for autograd's", "pytorch CUDABlas"),
     "communication": ("gradient buckets", "torch DDP reducer; deepspeed zero/stage_1_and_2.py"),
-    "gathered_weights": ("embeddings, head and the layer at work, gathered from all shards", "FSDP, ZeRO-3"),
+    "gathered weights": ("embeddings, head and the layer at work, gathered from all shards", "FSDP, ZeRO-3"),
     "gradients": ("trained parameters x bytes each that have one at this instant", "torch autograd"),
     "activations": ("checkpoints: hidden x tokens x layers x bytes, or all saved tensors", _SOURCE_TAPE),
     "working": ("the layer or loss head at work: recomputed tensors and gradients on the way", _SOURCE_TAPE),
-    "step_temporaries": ("square roots of all second moments at once (foreach)", _SOURCE_STATE),
+    "step temporaries": ("square roots of all second moments at once (foreach)", _SOURCE_STATE),
 }
 
 
@@ -611,10 +611,10 @@ def _estimate(job: _Run, peak: Instant, static: _Static) -> MemoryEstimate:
         formula, source = _FORMULAS[name]
         components.append(exact(name, size, formula, source, inputs))
     slack = constant("fragmentation_fraction")
-    moving = sum(peak.parts.get(name, 0) for name in ("activations", "working", "gradients", "step_temporaries"))
+    moving = sum(peak.parts.get(name, 0) for name in ("activations", "working", "gradients", "step temporaries"))
     components.append(
         Component(
-            name="allocator_slack",
+            name="allocator slack",
             low_bytes=int(moving * float(slack["low"])),
             expected_bytes=int(moving * float(slack["expected"])),
             high_bytes=int(moving * float(slack["high"])),
@@ -626,7 +626,7 @@ def _estimate(job: _Run, peak: Instant, static: _Static) -> MemoryEstimate:
     context = constant("cuda_context_bytes")
     components.append(
         Component(
-            name="cuda_context",
+            name="CUDA context",
             low_bytes=int(context["low"]),
             expected_bytes=int(context["expected"]),
             high_bytes=int(context["high"]),

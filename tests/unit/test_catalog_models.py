@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -115,14 +115,18 @@ def test_published_totals_hold() -> None:
 
 
 def test_reading_the_catalog_takes_milliseconds() -> None:
-    catalog._data.cache_clear()
-    began = time.process_time()
-    catalog._data()
-    assert time.process_time() - began < 0.010
-    catalog._spec_of.cache_clear()
-    began = time.process_time()
-    model("llama-4-scout")
-    assert time.process_time() - began < 0.010
+    def seconds(work: Callable[[], object], *caches: Any) -> float:
+        best = 1.0
+        for _ in range(5):
+            for cached in caches:
+                cached.cache_clear()
+            began = time.process_time()
+            work()
+            best = min(best, time.process_time() - began)
+        return best
+
+    assert seconds(catalog._data, catalog._data) < 0.010
+    assert seconds(lambda: model("llama-4-scout"), catalog._spec_of) < 0.010
 
 
 # ------------------------------------------------------------------------------------------------------------ names

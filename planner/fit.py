@@ -1,0 +1,499 @@
+"""A workload on a GPU: what fits, with what parallelism, how far the context reaches, and what would fit instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+from planner.catalog.engines import constant, quantization_formats
+from planner.catalog.hardware import Gpu, VmSku, gpu_of, skus, tensor_parallel_options
+from planner.errors import PlannerError
+from planner.memory.estimate import MemoryEstimate
+from planner.memory.serving import ServingMemory, ServingSettings, serving_memory
+from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
+from planner.model import Frozen, ModelSpec
+from planner.units import GIB, format_gib, format_tokens
+
+Task = Literal["serve", "finetune"]
+Settings = ServingSettings | FinetuneSettings
+
+
+class Place(Frozen):
+    """Where a workload could run: GPUs of one kind, in a VM size or on a desk.
+
+    gpus: how many of them the workload uses; available: how many there are
+    """
+
+    gpu: Gpu
+    sku: VmSku | None
+    gpus: int
+    available: int
+
+    @property
+    def label(self) -> str:
+        """`NC24ads_A100_v4`, or the card's own name at a desk; with the number of GPUs where it is not one."""
+        name = self.sku.short_name if self.sku else self.gpu.label
+        return name if self.gpus == 1 else f"{name}, {self.gpus} GPUs"
+
+
+class Fit(Frozen):
+    """The workload fits.
+
+    settings: with the parallelism chosen; needed_bytes, usable_bytes: on the fullest GPU
+    headroom_bytes: what stays free; largest_context: the longest that still fits here, in tokens
+    """
+
+    place: Place
+    settings: Settings
+    memory: ServingMemory | TrainingMemory
+    needed_bytes: int
+    usable_bytes: int
+    largest_context: int
+
+    @property
+    def headroom_bytes(self) -> int:
+        return self.usable_bytes - self.needed_bytes
+
+
+class Remedy(Frozen):
+    """A change with which it would fit. flags: what to add to the command line; needed_bytes: on one GPU then."""
+
+    change: str
+    flags: str
+    needed_bytes: int
+    place: str
+
+
+class Misfit(Frozen):
+    """The workload does not fit, or cannot run there (reason).
+
+    component: the largest part of what is needed; missing_bytes: how much too little a GPU has
+    """
+
+    place: Place
+    component: str
+    needed_bytes: int
+    usable_bytes: int
+    missing_bytes: int
+    largest_context: int
+    reason: str = ""
+    memory: ServingMemory | TrainingMemory | None = None
+
+
+def candidates(*, retired: bool = False) -> tuple[VmSku, ...]:
+    """The Azure sizes a plan may choose, smallest first: by GPU memory in the VM, then vCPUs, then RAM."""
+    sizes = [size for size in skus() if size.plannable and (retired or size.status in ("available", "preview"))]
+    return tuple(sorted(sizes, key=_size_key))
+
+
+def _size_key(size: VmSku) -> tuple[Any, ...]:
+    card = gpu_of(size)
+    confidential = size.short_name.startswith("NCC")
+    unsure = size.aks_supported != "yes"
+    preview = size.status != "available"
+    memory = card.usable_bytes * (size.gpu_count or 0)
+    return (preview, unsure, memory, confidential, size.vcpu or 0, size.ram_gib or 0, size.name)
+
+
+def capability(card: Gpu) -> tuple[int, int]:
+    """(major, minor) of a CUDA card. AMD cards count as Hopper class for vLLM's defaults."""
+    if not card.compute_capability[0].isdigit():
+        return (9, 0)
+    major, minor = card.compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def check_card(spec: ModelSpec, settings: Settings, card: Gpu) -> None:
+    """Refuses in one sentence what the card cannot run: its quantisation, its KV type, or a model without fp16."""
+    cuda = card.compute_capability[0].isdigit()
+    if isinstance(settings, FinetuneSettings):
+        if not cuda and settings.method in ("qlora", "qdora"):
+            raise PlannerError(f"bitsandbytes' 4-bit training on {card.label} is not modelled: take an NVIDIA card")
+        return
+    if not card.supports_bf16 and _needs_bf16(spec):
+        raise PlannerError(
+            f"{card.label} has no bf16 and vLLM refuses fp16 for {spec.architecture} (its activations overflow):"
+            " take an Ampere or newer card"
+        )
+    method = spec.quantization.method if spec.quantization else settings.quantization
+    minimum = _minimum_capability(method)
+    if cuda and minimum and capability(card) < minimum:
+        raise PlannerError(
+            f"{card.label} (compute capability {card.compute_capability}) cannot run {method} weights, which need"
+            f" {minimum[0]}.{minimum[1]}: use 16-bit weights, gptq, or a newer card"
+        )
+    if settings.kv_cache_dtype.startswith("fp8") and card.supports_fp8 == "no":
+        raise PlannerError(
+            f"{card.label} has no FP8: leave --kv-cache-dtype at auto, or take an Ada, Hopper or newer card"
+        )
+
+
+def _needs_bf16(spec: ModelSpec) -> bool:
+    return spec.architecture.removesuffix("_text") in constant("float16_refused")
+
+
+def _minimum_capability(method: str | None) -> tuple[int, int] | None:
+    """The lowest compute capability whose kernels take the format, None for 16-bit weights and formats not listed."""
+    formats = quantization_formats()
+    name = formats[method].quantization.method if method in formats else method
+    table: dict[str, list[int]] = constant("minimum_capability")
+    found = table.get(name or "")
+    return (found[0], found[1]) if found else None
+
+
+def demand(spec: ModelSpec, settings: Settings, card: Gpu) -> ServingMemory | TrainingMemory:
+    """The memory of the workload on one GPU of that kind; PlannerError when the card cannot run it."""
+    check_card(spec, settings, card)
+    if isinstance(settings, ServingSettings):
+        return serving_memory(
+            spec,
+            settings,
+            usable_bytes=card.usable_bytes,
+            compute_capability=capability(card),
+            device_name=card.label,
+        )
+    return training_memory(
+        spec,
+        settings,
+        supports_bf16=card.supports_bf16,
+        supports_flash_attention=card.supports_flash_attention_2 is not False,
+        compute_capability=card.compute_capability,
+    )
+
+
+def needed_bytes(memory: ServingMemory | TrainingMemory) -> int:
+    """Bytes wanted of one GPU.
+
+    Serving: what lies outside the utilization budget (all that vLLM does not manage) plus the demand inside it.
+    Fine-tuning: the expected peak with allocator slack and CUDA context.
+    """
+    return memory.estimate.expected_bytes
+
+
+def is_enough(memory: ServingMemory | TrainingMemory, usable_bytes: int, headroom: float) -> bool:
+    """Whether the GPU holds it with that share of its memory left over.
+
+    Serving fits when vLLM's pool holds the wanted sequences, for vLLM will not start otherwise.
+    """
+    spare = round(usable_bytes * headroom)
+    if isinstance(memory, ServingMemory):
+        pool = memory.kv_bytes - spare
+        return memory.fits and pool >= memory.kv_for_one_sequence.reserved_bytes
+    return needed_bytes(memory) + spare <= usable_bytes
+
+
+def try_place(
+    spec: ModelSpec, settings: Settings, place: Place, *, headroom: float = 0.0, search_context: bool = True
+) -> Fit | Misfit:
+    """The workload on exactly this place, parallelism as set. A refusal becomes a Misfit with its reason."""
+    card = place.gpu
+    try:
+        memory = demand(spec, settings, card)
+    except PlannerError as error:
+        return Misfit(
+            place=place,
+            component="",
+            needed_bytes=0,
+            usable_bytes=card.usable_bytes,
+            missing_bytes=0,
+            largest_context=0,
+            reason=str(error),
+        )
+    longest = largest_context(spec, settings, card, memory, headroom=headroom) if search_context else 0
+    needed = needed_bytes(memory)
+    if is_enough(memory, card.usable_bytes, headroom):
+        return Fit(
+            place=place,
+            settings=settings,
+            memory=memory,
+            needed_bytes=needed,
+            usable_bytes=card.usable_bytes,
+            largest_context=longest,
+        )
+    return Misfit(
+        place=place,
+        component=limiting_component(memory),
+        needed_bytes=needed,
+        usable_bytes=card.usable_bytes,
+        missing_bytes=_missing(memory, card.usable_bytes, headroom),
+        largest_context=longest,
+        memory=memory,
+    )
+
+
+def _missing(memory: ServingMemory | TrainingMemory, usable_bytes: int, headroom: float) -> int:
+    spare = round(usable_bytes * headroom)
+    if isinstance(memory, ServingMemory):
+        wanted = memory.estimate.component("KV cache").expected_bytes
+        return max(1, max(wanted, memory.kv_for_one_sequence.reserved_bytes) + spare - memory.kv_bytes)
+    return max(1, needed_bytes(memory) + spare - usable_bytes)
+
+
+def limiting_component(memory: ServingMemory | TrainingMemory) -> str:
+    """The largest component of the demand, in the estimate's own word."""
+    return max(memory.estimate.components, key=lambda part: part.expected_bytes).name
+
+
+def with_context(settings: Settings, tokens: int) -> Settings:
+    """The same workload at another context length."""
+    if isinstance(settings, ServingSettings):
+        return settings.model_copy(update={"max_model_len": tokens})
+    return settings.model_copy(update={"seq_len": tokens})
+
+
+def context_of(settings: Settings) -> int:
+    return settings.max_model_len if isinstance(settings, ServingSettings) else settings.seq_len
+
+
+def largest_context(
+    spec: ModelSpec,
+    settings: Settings,
+    card: Gpu,
+    memory: ServingMemory | TrainingMemory | None = None,
+    *,
+    headroom: float = 0.0,
+) -> int:
+    """The longest context, in tokens up to the model's own, at which the workload still fits on that GPU; 0 for none.
+
+    Fine-tuning and several sequences are bisected, for memory grows with the context (a property test holds it).
+    """
+    if isinstance(memory, ServingMemory) and isinstance(settings, ServingSettings):
+        if settings.concurrency == 1 and not headroom:
+            return memory.max_context
+    limit = max(spec.max_context, context_of(settings))
+
+    def fits(tokens: int) -> bool:
+        try:
+            there = demand(spec, with_context(settings, tokens), card)
+        except PlannerError:
+            return False
+        return is_enough(there, card.usable_bytes, headroom)
+
+    if fits(limit):
+        return limit
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def with_gpus(settings: Settings, gpus: int) -> Settings:
+    """The workload over several GPUs: tensor parallel when serving, fully sharded when fine-tuning."""
+    if isinstance(settings, ServingSettings):
+        return settings.model_copy(update={"tensor_parallel_size": gpus})
+    if gpus == 1:
+        return settings.model_copy(update={"parallelism": "none", "n_gpus": 1})
+    sharding = "fsdp2" if settings.parallelism == "none" else settings.parallelism
+    return settings.model_copy(update={"parallelism": sharding, "n_gpus": gpus})
+
+
+def gpus_of(settings: Settings) -> int:
+    if isinstance(settings, ServingSettings):
+        return settings.tensor_parallel_size * settings.pipeline_parallel_size
+    return settings.n_gpus
+
+
+def fit_size(
+    spec: ModelSpec, settings: Settings, size: VmSku, *, headroom: float = 0.0, gpus: int | None = None
+) -> Fit | Misfit:
+    """The smallest parallelism with which the workload fits on one VM of that size, else the Misfit of the largest.
+
+    gpus: exactly so many instead. Raises PlannerError where the size cannot be planned.
+    """
+    card = gpu_of(size)
+    options: Sequence[int] = (gpus,) if gpus else tensor_parallel_options(size)
+    available = size.gpu_count or 0
+    if gpus and gpus > available:
+        raise PlannerError(f"{size.short_name} has {available} GPUs, not {gpus}: lower --tp or take a larger size")
+    last: Fit | Misfit | None = None
+    for count in options:
+        place = Place(gpu=card, sku=size, gpus=count, available=available)
+        outcome = try_place(spec, with_gpus(settings, count), place, headroom=headroom, search_context=False)
+        if isinstance(outcome, Fit):
+            return try_place(spec, outcome.settings, place, headroom=headroom)
+        if last is None or not outcome.reason or (isinstance(last, Misfit) and last.reason):
+            last = outcome
+    assert last is not None
+    return last
+
+
+def fit_gpu(spec: ModelSpec, settings: Settings, card: Gpu, *, headroom: float = 0.0) -> Fit | Misfit:
+    """The workload on cards of that kind outside any VM, with the parallelism that the settings name."""
+    count = gpus_of(settings)
+    return try_place(spec, settings, Place(gpu=card, sku=None, gpus=count, available=count), headroom=headroom)
+
+
+def smallest(
+    spec: ModelSpec,
+    settings: Settings,
+    sizes: Iterable[VmSku] | None = None,
+    *,
+    headroom: float = 0.0,
+    gpus: int | None = None,
+) -> Fit | None:
+    """The smallest Azure size on which it fits, or None. gpus: only with exactly that many GPUs of a VM."""
+    for size in candidates() if sizes is None else sizes:
+        if gpus and gpus > (size.gpu_count or 0):
+            continue
+        outcome = fit_size(spec, settings, size, headroom=headroom, gpus=gpus)
+        if isinstance(outcome, Fit):
+            return outcome
+    return None
+
+
+class Step(Frozen):
+    """From which context on an Azure size is the smallest that fits: from_tokens .. to_tokens."""
+
+    place: str
+    from_tokens: int
+    to_tokens: int
+
+
+def ladder(
+    spec: ModelSpec,
+    settings: Settings,
+    *,
+    headroom: float = 0.0,
+    gpus: int | None = None,
+    limit: int | None = None,
+) -> tuple[Step, ...]:
+    """Where the smallest size that fits changes as the context grows, up to the model's own or `limit`.
+
+    Each size's largest context is found by bisection; a size stays on the ladder while no smaller one reaches as far.
+    """
+    limit = limit or spec.max_context
+    steps: list[Step] = []
+    reached = 0
+    for size in candidates():
+        if reached >= limit:
+            break
+        best: Fit | None = None
+        options: Sequence[int] = (gpus,) if gpus else tensor_parallel_options(size)
+        for count in options:
+            if count > (size.gpu_count or 0):
+                continue
+            place = Place(gpu=gpu_of(size), sku=size, gpus=count, available=size.gpu_count or 0)
+            chosen = with_gpus(settings, count)
+            probe = try_place(
+                spec, with_context(chosen, min(limit, reached + 1)), place, headroom=headroom, search_context=False
+            )
+            if not isinstance(probe, Fit):
+                continue
+            longest = largest_context(spec, with_context(chosen, limit), place.gpu, headroom=headroom)
+            best = probe.model_copy(update={"largest_context": min(longest, limit)})
+            steps.append(Step(place=place.label, from_tokens=reached + 1, to_tokens=best.largest_context))
+            reached = best.largest_context
+            if reached >= limit:
+                break
+    return tuple(steps)
+
+
+Change = tuple[str, str, Callable[[Any], Any]]
+
+_SERVING_CHANGES: tuple[Change, ...] = (
+    ("FP8 KV cache", "--kv-cache-dtype fp8", lambda s: s.model_copy(update={"kv_cache_dtype": "fp8"})),
+    ("int4 weights (AWQ)", "--quantization awq", lambda s: s.model_copy(update={"quantization": "awq"})),
+    ("FP8 weights", "--quantization fp8", lambda s: s.model_copy(update={"quantization": "fp8"})),
+    (
+        "int4 weights and FP8 KV cache",
+        "--quantization awq --kv-cache-dtype fp8",
+        lambda s: s.model_copy(update={"quantization": "awq", "kv_cache_dtype": "fp8"}),
+    ),
+    (
+        "a smaller prefill batch",
+        "--max-num-batched-tokens 2048 --max-num-seqs 64",
+        lambda s: s.model_copy(update={"max_num_batched_tokens": 2048, "max_num_seqs": 64}),
+    ),
+    ("one sequence at a time", "--concurrency 1", lambda s: s.model_copy(update={"concurrency": 1})),
+)
+_FINETUNE_CHANGES: tuple[Change, ...] = (
+    (
+        "gradient checkpointing",
+        "--gradient-checkpointing",
+        lambda s: s.model_copy(update={"gradient_checkpointing": True}),
+    ),
+    ("a chunked loss", "--loss chunked", lambda s: s.model_copy(update={"loss": "chunked"})),
+    ("micro-batch 1", "--micro-batch 1", lambda s: s.model_copy(update={"micro_batch": 1})),
+    (
+        "the memory-efficient attention kernel",
+        "--attention efficient",
+        lambda s: s.model_copy(update={"attention": "efficient"}),
+    ),
+    ("an 8-bit optimizer", "--optimizer adamw_8bit", lambda s: s.model_copy(update={"optimizer": "adamw_8bit"})),
+    ("LoRA", "--method lora", lambda s: s.model_copy(update={"method": "lora"})),
+    ("QLoRA", "--method qlora", lambda s: s.model_copy(update={"method": "qlora"})),
+    (
+        "QLoRA with checkpointing, chunked loss and micro-batch 1",
+        "--method qlora --gradient-checkpointing --loss chunked --micro-batch 1",
+        lambda s: s.model_copy(
+            update={"method": "qlora", "gradient_checkpointing": True, "loss": "chunked", "micro_batch": 1}
+        ),
+    ),
+)
+
+
+def remedies(spec: ModelSpec, misfit: Misfit, settings: Settings, *, headroom: float = 0.0) -> tuple[Remedy, ...]:
+    """What would fit instead, nearest first: a change on the same GPU, more of its GPUs, the smallest larger size."""
+    changes = _SERVING_CHANGES if isinstance(settings, ServingSettings) else _FINETUNE_CHANGES
+    found: list[Remedy] = []
+    place = misfit.place
+    chosen = with_gpus(settings, place.gpus) if place.sku else settings
+    for change, flags, alter in changes:
+        altered = alter(chosen)
+        if altered == chosen or _already(spec, flags):
+            continue
+        outcome = try_place(spec, altered, place, headroom=headroom, search_context=False)
+        if isinstance(outcome, Fit):
+            found.append(Remedy(change=change, flags=flags, needed_bytes=outcome.needed_bytes, place=place.label))
+        if len(found) == 3:
+            break
+    if place.sku is None and isinstance(settings, ServingSettings):
+        for count in (2, 4, 8):
+            if count <= place.gpus:
+                continue
+            more = Place(gpu=place.gpu, sku=None, gpus=count, available=count)
+            outcome = try_place(spec, with_gpus(settings, count), more, headroom=headroom, search_context=False)
+            if isinstance(outcome, Fit):
+                found.append(
+                    Remedy(
+                        change=f"{count} of these GPUs",
+                        flags=f"--tp {count}",
+                        needed_bytes=outcome.needed_bytes,
+                        place=more.label,
+                    )
+                )
+                break
+    larger = smallest(spec, with_gpus(settings, 1), headroom=headroom)
+    if larger is not None:
+        sku = larger.place.sku
+        assert sku is not None
+        tp = f" --tp {larger.place.gpus}" if larger.place.gpus > 1 else ""
+        found.append(
+            Remedy(
+                change=f"a larger size ({larger.place.gpu.label})",
+                flags=f"--sku {sku.short_name}{tp}",
+                needed_bytes=larger.needed_bytes,
+                place=larger.place.label,
+            )
+        )
+    return tuple(found)
+
+
+def _already(spec: ModelSpec, flags: str) -> bool:
+    """A quantised checkpoint cannot be quantised again."""
+    return spec.quantization is not None and "--quantization" in flags
+
+
+def misfit_sentence(spec: ModelSpec, misfit: Misfit, tokens: int) -> str:
+    """One sentence: what is too big, by how much, where."""
+    if misfit.reason:
+        return misfit.reason
+    part = misfit.component.replace("_", " ")
+    memory: MemoryEstimate = misfit.memory.estimate  # type: ignore[union-attr]
+    size = memory.component(misfit.component).expected_bytes
+    return (
+        f"{spec.name} at {format_tokens(tokens)} tokens does not fit on {misfit.place.label}: it needs"
+        f" {format_gib(misfit.missing_bytes)} more than the {format_gib(misfit.usable_bytes)} there are a GPU,"
+        f" and its largest part is the {part} ({size / GIB:.1f} GiB)"
+    )
