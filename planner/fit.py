@@ -257,9 +257,9 @@ def largest_context(
 
     Fine-tuning and several sequences are bisected, for memory grows with the context (a property test holds it).
     """
-    if isinstance(memory, ServingMemory) and isinstance(settings, ServingSettings):
-        if settings.concurrency == 1 and not headroom:
-            return memory.max_context
+    plain = isinstance(settings, ServingSettings) and settings.concurrency == 1 and not headroom
+    if plain and isinstance(memory, ServingMemory):
+        return memory.max_context
     limit = max(spec.max_context, context_of(settings))
 
     def fits(tokens: int) -> bool:

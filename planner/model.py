@@ -286,12 +286,14 @@ def lora_parameter_count(spec: ModelSpec, rank: int, targets: LoraTargets) -> in
     """
     if rank < 1:
         raise PlannerError(f"a LoRA rank of {rank} is not possible: use a whole number from 1, for example 16")
-    total = 0
-    for tensor in lora_targets(spec, targets):
-        out, inp = tensor.shape
-        fused = tensor.part == "expert" and tensor.leaf in _FUSED_EXPERTS[spec.architecture][:2]
-        total += rank * (inp + (2 * out if fused else out)) * tensor.count
-    return total
+    return sum(adapter_parameters(spec, tensor, rank) for tensor in lora_targets(spec, targets))
+
+
+def adapter_parameters(spec: ModelSpec, tensor: Tensor, rank: int) -> int:
+    """Adapter parameters of one family of `lora_targets`: see lora_parameter_count."""
+    out, inp = tensor.shape
+    fused = tensor.part == "expert" and tensor.leaf in _FUSED_EXPERTS[spec.architecture][:2]
+    return rank * (inp + (2 * out if fused else out)) * tensor.count
 
 
 def _layers(spec: ModelSpec) -> tuple[Tensor, ...]:

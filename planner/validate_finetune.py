@@ -1,4 +1,4 @@
-"""Published fine-tuning measurements against the plan: a row becomes settings, the settings a peak, the peak an error."""
+"""Published fine-tuning measurements against the plan: a row becomes settings, settings a peak, the peak an error."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from planner.memory.activations import Kernels
 from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
 from planner.model import ModelSpec
 from planner.units import GIB
+from planner.validate import Compared, Refusal, RowPrediction, Validation, compare, summarise
 
 COLUMNS = (
     "id",
@@ -94,7 +95,6 @@ def predict_row(row: Mapping[str, str]) -> FinetunePrediction:
         spec,
         settings,
         supports_bf16=card.supports_bf16 if card else True,
-        supports_flash_attention=True if settings.attention == "flash" or card is None else True,
         compute_capability=card.compute_capability if card else "8.0",
     )
     estimate = memory.estimate
@@ -115,6 +115,45 @@ def predict_row(row: Mapping[str, str]) -> FinetunePrediction:
         out_of_memory=measured is None and failed,
         certain="inferred" not in row["notes"] and "cause not recorded" not in row["notes"],
         fits=None if usable is None else estimate.expected_bytes <= usable,
+    )
+
+
+def validate_finetune(rows: Iterable[Mapping[str, str]]) -> Validation:
+    """Predict every row of a table of training runs and compare; what cannot be predicted is refused with a reason.
+
+    Quantities, in GiB: `peak_allocated` of grade A rows whose tool reports torch's allocated peak, and the same for
+    other grades; `peak_reserved`, `peak_device` (nvidia-smi) and `peak_unstated`, which add what an allocator may keep
+    and are bounds more than measurements; `out_of_memory`: 100 % for a failed run that was predicted to fit.
+    """
+    predictions, refusals, count = [], [], 0
+    for row in rows:
+        count += 1
+        try:
+            predictions.append(_row_prediction(row, predict_row(row)))
+        except PlannerError as error:
+            refusals.append(Refusal(id=row["id"], reason=str(error)))
+    return summarise(predictions, refusals, count)
+
+
+def _row_prediction(row: Mapping[str, str], found: FinetunePrediction) -> RowPrediction:
+    settings = found.memory.settings
+    quantities: dict[str, Compared] = {}
+    if found.measured_bytes is not None:
+        suffix = "" if found.grade == "A" else f"_grade_{found.grade.lower()}"
+        name = f"peak_{found.kind}{suffix}"
+        quantities[name] = compare(found.predicted_bytes / GIB, found.measured_bytes / GIB)
+    elif found.fits is not None:
+        name = "out_of_memory" if found.certain else "out_of_memory_uncertain"
+        quantities[name] = Compared(
+            predicted=float(not found.fits), measured=1.0, error_pct=-100.0 if found.fits else 0.0
+        )
+    return RowPrediction(
+        id=row["id"],
+        model=row["model"],
+        setting=f"{settings.method} {settings.micro_batch} x {settings.seq_len}, {settings.parallelism}"
+        f" on {settings.n_gpus}, loss {settings.loss or 'default'}; peak: {found.memory.peak_instant}",
+        assumed=(),
+        quantities=quantities,
     )
 
 
@@ -189,23 +228,23 @@ def settings_of(row: Mapping[str, str]) -> FinetuneSettings:
     masters = _fp32_masters(row, sharding)
     loss = _loss(row, stack)
     return FinetuneSettings(
-        method=method,  # type: ignore[arg-type]
+        method=method,
         trainer=stack,
         seq_len=seq_len,
         micro_batch=micro_batch,
         lora_rank=int(row["lora_rank"]) if row["lora_rank"].strip().isdigit() else 16,
         trained_embeddings="trainable wte" in row["target_modules"],
         weights_dtype="fp32" if masters else "bf16",
-        base_quantization=_base_quantization(row),  # type: ignore[arg-type]
+        base_quantization=_base_quantization(row),
         kbit_prepare="baseline-peft" in row.get("other_throughput", "") and sharding == "none",
         autocast=autocast,
-        optimizer=_optimizer(row),  # type: ignore[arg-type]
+        optimizer=_optimizer(row),
         optimizer_in_backward="optimizer_in_bwd" in row["optimizer"],
         gradient_checkpointing=checkpointing,
-        attention=_attention(row),  # type: ignore[arg-type]
-        loss=loss,  # type: ignore[arg-type]
+        attention=_attention(row),
+        loss=loss,
         kernels=_kernels(row, stack),
-        parallelism=sharding,  # type: ignore[arg-type]
+        parallelism=sharding,
         n_gpus=int(row["n_gpus"]) if row["n_gpus"].strip().isdigit() else 1,
         offload=_offload(row),
     )

@@ -15,7 +15,7 @@ from planner.catalog import hub
 from planner.errors import PlannerError
 from planner.model import Frozen, ModelSpec, Quantization, spec_from_config
 
-__all__ = ["ModelEntry", "load_model", "model", "model_entries", "model_entry"]
+__all__ = ["ModelEntry", "load_model", "model", "model_entries", "model_entry", "select_models"]
 
 
 class ModelEntry(Frozen):
@@ -127,6 +127,43 @@ def _unknown(name: str) -> PlannerError:
 def model_entries() -> tuple[ModelEntry, ...]:
     """All models of the catalog, listed or not."""
     return tuple(ModelEntry(**record) for record in _data()["models"])
+
+
+def select_models(
+    *,
+    use_case: str | None = None,
+    max_parameters: int | None = None,
+    min_context: int | None = None,
+    licence: str | None = None,
+    recommend: bool = False,
+) -> tuple[ModelEntry, ...]:
+    """Listed models that match, by name; with recommend the newest first and, of one month, the smaller first.
+
+    Raises PlannerError for an unknown use case, a recommendation without one, and when nothing matches.
+    """
+    listed = [entry for entry in model_entries() if entry.listed]
+    known = sorted({case for entry in listed for case in entry.use_cases})
+    if use_case is not None and use_case not in known:
+        raise PlannerError(f"{use_case!r} is not a use case of the catalog: choose one of {', '.join(known)}")
+    if recommend and use_case is None:
+        raise PlannerError(f"a recommendation needs a use case: add --use-case with one of {', '.join(known)}")
+    found = [
+        entry
+        for entry in listed
+        if (use_case is None or use_case in entry.use_cases)
+        and (max_parameters is None or entry.parameter_count <= max_parameters)
+        and (min_context is None or entry.max_context >= min_context)
+        and (licence is None or licence.lower() in entry.license.lower())
+    ]
+    if not found:
+        raise PlannerError("no model of the catalog matches: loosen a filter, `planner models` lists them all")
+    if recommend:
+        return tuple(sorted(found, key=lambda e: ([-int(part) for part in e.released.split("-")], e.parameter_count)))
+    return tuple(sorted(found, key=lambda e: _natural(e.name)))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(0, text) if not part else (int(part), text) for text, part in re.findall(r"([^0-9]*)([0-9]*)", name)]
 
 
 def model_entry(name: str) -> ModelEntry:

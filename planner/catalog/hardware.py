@@ -163,6 +163,27 @@ def sku(name: str) -> VmSku:
     return found
 
 
+def select_skus(
+    *, gpu_name: str | None = None, region: str | None = None, everything: bool = False
+) -> tuple[VmSku, ...]:
+    """The sizes a plan may choose (or all), by card and by region with a known price. PlannerError when none match."""
+    card = gpu(gpu_name) if gpu_name else None
+    regions = {name for size in skus() for name in size.regions}
+    if region is not None and region not in regions:
+        near = _did_you_mean(region, {name: name for name in regions}, "write it as Azure does, for example westeurope")
+        raise PlannerError(f"{region!r} is not a region with a priced GPU size: {near}")
+    found = tuple(
+        size
+        for size in skus()
+        if (everything or size.plannable)
+        and (card is None or size.gpu == card.name)
+        and (region is None or region in size.regions)
+    )
+    if not found:
+        raise PlannerError("no Azure GPU size matches: loosen a filter, or add --all for retired and unpublished ones")
+    return found
+
+
 def gpu_of(size: VmSku) -> Gpu:
     """The GPU record behind a size. Raises PlannerError where the size cannot be planned, with the reason."""
     if size.unplannable_reason or size.gpu is None or size.gpu_count is None:

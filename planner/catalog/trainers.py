@@ -11,18 +11,31 @@ from typing import Any, Literal
 from planner.errors import PlannerError
 from planner.model import Frozen
 
+LossHead = Literal["hf", "hf_shifted", "hf_outputs", "hf_16bit", "in_place", "chunked", "liger", "logit_chunks", "none"]
+"""How the logits become a loss:
+hf            transformers 5: 16-bit logits, an fp32 copy, log_softmax (ForCausalLMLoss)
+hf_shifted    transformers up to 4.45: fp32 logits, their shifted copy, log_softmax
+hf_outputs    hf_shifted under autocast, with the model's outputs alive until the backward is through (Trainers of 2023)
+hf_16bit      models that never upcast: 16-bit logits, shifted copy, log_softmax in the logits' width
+in_place      logits and shifted copy materialised, loss and gradient written in place by one kernel
+chunked       TRL's fused head: [4096, 32768] tiles, no logits at all
+liger         Liger's fused linear cross entropy: chunks of tokens
+logit_chunks  16-bit logits in chunks of tokens that all stay until the backward (torchtune, LitGPT)
+none          mean of the hidden states; an oracle's baseline
+"""
+
 
 class Trainer(Frozen):
     """A fine-tuning stack's defaults.
 
-    loss: one of planner.memory.activations.LossHead; checkpointing: none, reentrant, non_reentrant or offloaded
+    checkpointing: none, reentrant, non_reentrant or offloaded
     adapter_on_quantized: width of LoRA adapters on a quantised base; autocast: 16-bit autocast around the step
     kernels: the fused operations; experts_are_linear: routed experts are nn.Linear modules (transformers 4)
     """
 
     name: str
     label: str
-    loss: str
+    loss: LossHead
     checkpointing: Literal["none", "reentrant", "non_reentrant", "offloaded"]
     optimizer: str
     adapter_on_quantized: Literal["bf16", "fp32"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
+from planner.catalog.trainers import LossHead
 from planner.errors import NotModelled
 from planner.memory.tape import Buffer, Node, Tape, Value
 from planner.model import Frozen, LayerGroup, ModelSpec
@@ -172,8 +173,7 @@ def _roles(spec: ModelSpec) -> dict[str, str]:
         if tensor.part == "attention":
             roles.update({role: tensor.name for role, known in _ATTENTION_ROLES.items() if last in known})
         elif tensor.part in ("mlp", "shared_expert"):
-            rows, columns = tensor.shape
-            if columns != spec.hidden_size:
+            if tensor.shape[1] != spec.hidden_size:
                 roles["down"] = tensor.name
             elif spec.gated_mlp and last in ("gate_up_proj", "dense_h_to_4h"):
                 roles["gate_up"] = tensor.name
@@ -473,14 +473,17 @@ class _Player:
             down = self.linear(act, ffn, hidden, names[2], rows=rows)
             tape.drop(act)
             return down
+        up: Value | None
+        held: tuple[Value, ...]
         if shape.fused_gate_up and names[0] == "gate":
             packed = self.linear(x, hidden, 2 * ffn, "gate_up", rows=rows)
             gate, up = tape.split(packed, (rows * ffn, rows * ffn))
             tape.drop(packed)
-            held: tuple[Value, ...] = (gate, up)
+            held = (gate, up)
         else:
             gate = self.linear(x, hidden, ffn, names[0], rows=rows)
-            held, up = (gate,), None
+            held = (gate,)
+            up = None
         if self.step.kernels.swiglu:
             if up is None:
                 up = self.linear(x, hidden, ffn, names[1], rows=rows)
@@ -574,19 +577,6 @@ class _Player:
         return out
 
 
-LossHead = Literal["hf", "hf_shifted", "hf_outputs", "hf_16bit", "in_place", "chunked", "liger", "logit_chunks", "none"]
-"""How the logits become a loss:
-hf            transformers 5: 16-bit logits, an fp32 copy, log_softmax (ForCausalLMLoss)
-hf_shifted    transformers up to 4.45: fp32 logits, their shifted copy, log_softmax
-hf_outputs    hf_shifted under autocast, with the model's outputs alive until the backward is through (Trainers of 2023)
-hf_16bit      models that never upcast: 16-bit logits, shifted copy, log_softmax in the logits' width
-in_place      logits and shifted copy materialised, loss and gradient written in place by one kernel
-chunked       TRL's fused head: [4096, 32768] tiles, no logits at all
-liger         Liger's fused linear cross entropy: chunks of tokens
-logit_chunks  16-bit logits in chunks of tokens that all stay until the backward (torchtune, LitGPT)
-none          mean of the hidden states; an oracle's baseline
-"""
-
 TRL_TOKEN_TILE = 4096
 TRL_VOCAB_TILE = 32768
 
@@ -618,7 +608,7 @@ def play_layer(shape: LayerShape, step: StepSettings, *, checkpointed: bool) -> 
 
 def play_head(head: HeadShape, step: StepSettings, loss: LossHead) -> Callable[[Tape], Value]:
     """The final norm, the head and the loss for `tape.run`; the output is the scalar loss."""
-    layer = LayerShape.model_construct(hidden=head.hidden, norm=head.norm, modules={})
+    layer = _headless(head)
 
     def play(tape: Tape) -> Value:
         player = _Player(tape, layer, step)
@@ -640,6 +630,28 @@ def play_head(head: HeadShape, step: StepSettings, loss: LossHead) -> Callable[[
         return _full_head(player, head, hidden, loss_value, loss)
 
     return play
+
+
+def _headless(head: HeadShape) -> LayerShape:
+    """A layer of no width beside the hidden one: what the final norm and the head need of a LayerShape."""
+    widths = dict.fromkeys(
+        ("heads", "q", "kv", "v", "attention_out", "ffn", "experts_per_token", "expert_ffn", "expert_count"), 0
+    )
+    return LayerShape(
+        hidden=head.hidden,
+        norm=head.norm,
+        window=None,
+        fused_qkv=False,
+        qk_norm=False,
+        post_norms=False,
+        parallel=False,
+        gated=False,
+        fused_gate_up=False,
+        shared_ffn=0,
+        mla=None,
+        modules={},
+        **widths,
+    )
 
 
 def _chunked_head(player: _Player, head: HeadShape, hidden: Value, loss: Value) -> Value:

@@ -192,9 +192,11 @@ class Tape:
 
 
 class StepBytes(NamedTuple):
-    """forward_peak: while it runs; saved: kept for the backward; backward_peak: saved tensors and recompute included.
+    """Bytes of one forward and its backward.
 
-    kept: gradients of weights that the backward leaves; resaved: what one pass keeps for its backward, recomputed or not; casts: autocast's cached weight copies.
+    forward_peak: while the forward runs; saved: kept for the backward; backward_peak: with saved tensors and recompute
+    kept: gradients of weights that the backward leaves; resaved: what one pass keeps, recomputed or not
+    casts: autocast's cached weight copies
     """
 
     forward_peak: int

@@ -11,18 +11,17 @@ keep and take comes from `activations.py`; what a trainer fuses, chunks and cast
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from planner.catalog.trainers import Trainer, constant, trainer
+from planner.catalog.trainers import LossHead, Trainer, constant, trainer
 from planner.errors import PlannerError
 from planner.memory.activations import (
     AttentionKernel,
     HeadShape,
     Kernels,
     LayerShape,
-    LossHead,
     StepSettings,
     layer_shape,
     play_head,
@@ -30,7 +29,7 @@ from planner.memory.activations import (
 )
 from planner.memory.estimate import Component, MemoryEstimate, exact
 from planner.memory.tape import Checkpointing, StepBytes, run
-from planner.model import Frozen, ModelSpec, Tensor, lora_targets
+from planner.model import Frozen, LoraTargets, ModelSpec, Tensor, adapter_parameters, lora_targets
 
 Method = Literal["full", "lora", "qlora", "dora", "qdora"]
 Optimizer = Literal[
@@ -70,7 +69,7 @@ class FinetuneSettings(Frozen):
     seq_len: int = Field(ge=1, le=1 << 26)
     micro_batch: int = Field(default=1, ge=1, le=1 << 16)
     lora_rank: int = Field(default=16, ge=1, le=1 << 14)
-    lora_targets: str | tuple[str, ...] = "all-linear"
+    lora_targets: LoraTargets = "all-linear"
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     adapter_dtype: Width | None = None
     trained_embeddings: bool = False
@@ -198,9 +197,6 @@ def _resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: boo
     if settings.gradient_checkpointing:
         default = "non_reentrant" if stack.checkpointing in ("none", "offloaded") else stack.checkpointing
         checkpointing = settings.checkpointing or default  # type: ignore[assignment]
-    loss = settings.loss or stack.loss
-    if loss not in get_args(LossHead):
-        raise PlannerError(f"no loss head is called {loss!r}: use one of {', '.join(get_args(LossHead))}")
     return _Run(
         settings=settings,
         trainer=stack,
@@ -210,7 +206,7 @@ def _resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: boo
         adapter_itemsize=_ITEMSIZE[adapter],
         weight_itemsize=_ITEMSIZE[settings.weights_dtype],
         optimizer=settings.optimizer or stack.optimizer,  # type: ignore[arg-type]
-        loss=loss,
+        loss=settings.loss or stack.loss,
         kernels=settings.kernels or Kernels(**stack.kernels),
         checkpointing=checkpointing,
         autocast=stack.autocast if settings.autocast is None else settings.autocast,
@@ -308,9 +304,8 @@ def _adapter_tensors(job: _Run) -> Iterable[tuple[Tensor, int]]:
     if job.trains_all:
         return
     for tensor in lora_targets(job.spec, s.lora_targets):
-        rows, columns = tensor.shape[0], tensor.shape[1]
-        per = s.lora_rank * (rows + columns) + (rows if s.method in ("dora", "qdora") else 0)
-        yield tensor, per * tensor.count
+        magnitudes = tensor.shape[0] * tensor.count if s.method in ("dora", "qdora") else 0
+        yield tensor, adapter_parameters(job.spec, tensor, s.lora_rank) + magnitudes
 
 
 def base_weight_bytes(job: _Run) -> int:
@@ -404,7 +399,7 @@ def _gathered_bytes(job: _Run) -> tuple[int, int]:
 
 
 class _Layer(NamedTuple):
-    count: int
+    many: int
     bytes: StepBytes
 
 
@@ -472,7 +467,7 @@ def _layer_kinds(spec: ModelSpec) -> list[tuple[LayerShape, int]]:
 
 def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
     s = job.settings
-    layers = sum(layer.count for layer in tapes.layers)
+    layers = sum(layer.many for layer in tapes.layers)
     base = {
         "weights": static.weights,
         "adapters": static.adapters,
@@ -498,8 +493,8 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
             return 0
         return tapes.checkpoint * (min(count, 2) if offloaded else count + extra)
 
-    casts = sum(layer.count * layer.bytes.casts for layer in tapes.layers) if checkpointed else 0
-    saved = 0 if checkpointed else sum(layer.count * layer.bytes.saved for layer in tapes.layers)
+    casts = sum(layer.many * layer.bytes.casts for layer in tapes.layers) if checkpointed else 0
+    saved = 0 if checkpointed else sum(layer.many * layer.bytes.saved for layer in tapes.layers)
     head_kept = tapes.head.kept
     # FSDP1 hooks of frozen layers hold each layer's input, and its gradient, until the backward ends
     frozen_fsdp = s.parallelism == "fsdp" and not job.trains_all and checkpointed

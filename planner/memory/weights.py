@@ -193,8 +193,8 @@ def is_quantized(tensor: Tensor, quantization: Quantization) -> bool:
     Embeddings, output heads, routers, norms, biases and (unless the checkpoint says otherwise) the vision tower stay
     in 16 bits; MXFP4 packs experts alone.
     """
-    if len(tensor.shape) < 2 or tensor.part not in DECODER_PARTS:
-        return False
+    if len(tensor.shape) < 2 or tensor.part not in DECODER_PARTS or tensor.shape[0] == 1:
+        return False  # one row: the gate of a shared expert
     if quantization.method == "mxfp4":
         return tensor.part == "expert"
     return tensor.linear or tensor.part == "expert"

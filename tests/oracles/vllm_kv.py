@@ -1,14 +1,15 @@
-"""Independent oracle: vLLM's own model classes, built without memory, say how many bytes of weights and KV cache they keep.
+"""Independent oracle: vLLM's own model classes, built without memory, say what weights and KV cache they keep.
 
 Writes one JSON record a line. Needs vLLM (the CPU build will do) and no GPU, weights or network:
 
     HF_HUB_OFFLINE=1 python tests/oracles/vllm_kv.py > tests/oracles/vllm_kv.jsonl
 
 Every catalog model is built on torch's meta device as rank 0 of a tensor parallel group whose other ranks do not exist
-(torch's fake process group). Its parameters are summed, and vLLM's cache manager sizes 16 GiB for it. Multimodal models
-are built as their text part. What loading drops or leaves empty on a GPU is not counted: see UNCOUNTED.
+(torch's fake process group). Its parameters are summed, and vLLM's cache manager sizes 512 GiB for it. Multimodal
+models are built as their text part. What loading drops or leaves empty on a GPU is not counted: see UNCOUNTED.
 """
 
+# ruff: noqa: E402 - vLLM reads the environment when it is imported
 from __future__ import annotations
 
 import contextlib
@@ -47,7 +48,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_conf
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 ROOT = Path(__file__).resolve().parents[2]
-AVAILABLE = 16 << 30
+AVAILABLE = 512 << 30
 CONTEXTS = (8_192, 131_072)
 BATCHED_TOKENS = 2_048
 BLOCK = 16  # CUDA's; the CPU backend wants multiples of 32 for sliding layers
@@ -85,7 +86,6 @@ FORMATS: dict[str, dict[str, object]] = {
     "w8a8": compressed("int-quantized", weights={**CHANNEL, "type": "int"}, input_activations={**TOKEN, "type": "int"}),
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
-    "gptq-8bit": {"quant_method": "gptq", "bits": 8, "group_size": 128, "sym": True, "desc_act": False},
     "w4a16": compressed("pack-quantized", weights=GROUP),
     "mxfp4": {
         "quant_method": "mxfp4",
@@ -94,13 +94,12 @@ FORMATS: dict[str, dict[str, object]] = {
 }
 
 
-def jobs(experts: bool, native: bool) -> list[tuple[int, str, str]]:
-    """(tensor parallel size, KV type, format): all sizes in 16 bits, both cache types, every format on 1 and 4 ranks."""
-    plain = [(tp, kv, "") for tp in (1, 2, 4, 8) for kv in ("auto", "fp8")]
-    if native:  # a checkpoint that is quantised already
+def jobs(experts: bool, packed: bool, listed: bool) -> list[tuple[int, str, str]]:
+    """(tensor parallel size, KV type, format): every size as stored, an FP8 cache, and the formats of listed models."""
+    plain = [(tp, "auto", "") for tp in (1, 2, 4, 8)] + [(1, "fp8", "")]
+    if packed or not listed:
         return plain
-    names = [name for name in FORMATS if experts or name != "mxfp4"]
-    return plain + [(tp, "auto", name) for name in names for tp in (1, 4)]
+    return plain + [(1, "auto", name) for name in FORMATS if experts or name != "mxfp4"] + [(4, "auto", "fp8-block")]
 
 
 def text_config(config: dict[str, object]) -> dict[str, object]:
@@ -127,10 +126,10 @@ def lone_rank(config: object, tp: int):
     with (
         set_current_vllm_config(config),
         mock.patch.object(torch.distributed, "new_group", pretend),
-        mock.patch.object(torch.distributed, "barrier", lambda *a, **k: None),
-        mock.patch.object(groups, "_node_count", lambda group: 1),
-        mock.patch.object(groups, "resolve_obj_by_qualname", lambda name: DeviceCommunicatorBase),
-        mock.patch.object(MessageQueue, "create_from_process_group", lambda *a, **k: None),
+        mock.patch.object(torch.distributed, "barrier", return_value=None),
+        mock.patch.object(groups, "_node_count", return_value=1),
+        mock.patch.object(groups, "resolve_obj_by_qualname", return_value=DeviceCommunicatorBase),
+        mock.patch.object(MessageQueue, "create_from_process_group", return_value=None),
     ):
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
         groups.init_distributed_environment(tp, 0, "env://", 0, "fake")
@@ -189,17 +188,22 @@ def measure(config: dict[str, object], tp: int, kv: str, quantization: str) -> d
 def main() -> None:
     wanted = set(sys.argv[1:])
     catalog = json.loads((ROOT / "planner" / "catalog" / "models.json").read_text(encoding="utf-8"))
+    seen: set[str] = set()
     for entry in catalog["models"]:
-        if wanted and entry["name"] not in wanted:
+        shape = json.dumps(entry["config"], sort_keys=True)
+        if shape in seen or (wanted and entry["name"] not in wanted):
             continue
+        seen.add(shape)
         config = text_config(entry["config"])
         experts = any("expert" in key for key in config)
-        for tp, kv, quantization in jobs(experts, "quantization_config" in config):
+        for tp, kv, quantization in jobs(experts, "quantization_config" in config, entry["listed"]):
             record = {"model": entry["name"], "tp": tp, "kv": kv, "format": quantization}
             try:
                 record.update(measure(config, tp, kv, quantization))
             except Exception as error:  # noqa: BLE001 - what vLLM cannot build here is part of the answer
-                record["not_built"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+                record["not_built"] = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+                )
             print(json.dumps(record), flush=True)
 
 

@@ -1,0 +1,407 @@
+"""What people read: one renderer each for the terminal, CSV and JSON. Nothing here computes a byte."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from planner.catalog import ModelEntry
+from planner.catalog.hardware import VmSku, gpu_of
+from planner.fit import Step
+from planner.size import ContextAnswer, SizeAnswer
+from planner.units import GIB, format_gib, format_tokens
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.table import Table
+
+    from planner.validate import Validation
+
+SERVING_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("weights", ("weights",)),
+    ("KV", ("KV cache",)),
+    ("activation", ("activation peak",)),
+)
+TRAINING_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("weights", ("weights", "gathered weights", "reference model")),
+    ("adapter", ("adapters",)),
+    ("state", ("optimizer state", "gradients", "step temporaries", "communication")),
+    ("activations", ("activations",)),
+    ("working", ("working",)),
+)
+
+
+def _gib(size_bytes: float) -> str:
+    gib = size_bytes / GIB
+    return f"{gib:.2f}" if gib < 9.995 else f"{gib:,.1f}"
+
+
+def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def print_size(console: Console, answer: SizeAnswer, *, explain: bool = False) -> None:
+    """The answer for a terminal: a table first, the reason second, the next step last."""
+    console.print(_headline(answer), highlight=False)
+    for task in ("serve", "finetune"):
+        rows = [a for a in answer.answers if a.task == task]
+        if rows:
+            console.print()
+            console.print(_size_table(task, answer, rows))
+            for line in _reasons(task, answer, rows):
+                console.print(line, highlight=False, soft_wrap=False)
+    for note in dict.fromkeys((*answer.notes, *(n for a in answer.answers for n in a.notes))):
+        console.print(f"Note: {note}.", highlight=False)
+    if explain:
+        for row in answer.answers:
+            print_explanation(console, row)
+    else:
+        console.print()
+        console.print(_next_step(answer), highlight=False)
+
+
+def emit_size(answer: SizeAnswer, *, as_json: bool, as_csv: bool, explain: bool) -> None:
+    """The answer on stdout, in the form asked for."""
+    if as_json:
+        print(answer.model_dump_json(indent=2))
+    elif as_csv:
+        print(size_csv(answer), end="")
+    else:
+        print_size(console(), answer, explain=explain)
+
+
+def console() -> Console:
+    """A terminal as wide as it is; 80 columns where there is none."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def emit_models(entries: Sequence[ModelEntry], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([e.model_dump(mode="json", exclude={"config"}) for e in entries], indent=2))
+    else:
+        console().print(models_table(entries))
+
+
+def emit_skus(sizes: Sequence[VmSku], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([size.model_dump(mode="json") | {"plannable": size.plannable} for size in sizes], indent=2))
+    else:
+        console().print(skus_table(sizes))
+
+
+def emit_validation(validation: Validation, *, as_json: bool, summary: bool) -> None:
+    if as_json:
+        print(json.dumps(validation_json(validation), indent=2))
+    else:
+        print_validation(console(), validation, rows=not summary)
+
+
+def _headline(answer: SizeAnswer) -> str:
+    active = ""
+    if answer.active_parameters != answer.parameters:
+        active = f" ({answer.active_parameters / 1e9:.1f} B active)"
+    kv = ""
+    if answer.kv_bytes_per_token is not None:
+        kv = f", {answer.kv_bytes_per_token:,} B of KV cache a token"
+    return (
+        f"[bold]{answer.model}[/bold]: {answer.parameters / 1e9:.2f} B parameters{active}, {answer.layers} layers,"
+        f" context {answer.max_context:,}{kv}"
+    )
+
+
+def _size_table(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> Table:
+    searched = bool(answer.serving_ladder or answer.finetune_ladder) or any(r.sku for r in rows)
+    columns = SERVING_COLUMNS if task == "serve" else TRAINING_COLUMNS
+    where = "smallest Azure size" if searched else "GPU"
+    last = "sequences" if task == "serve" else "reaches"
+    title = _serving_title(answer, rows[0]) if task == "serve" else "Fine-tuning, GiB on each GPU"
+    table = _table(
+        title,
+        [
+            ("context", "right"),
+            *((name, "right") for name, _ in columns),
+            ("other", "right"),
+            ("total", "right"),
+            (where, "left"),
+            (last, "right"),
+        ],
+    )
+    for row in rows:
+        table.add_row(*_cells(row, columns), style=None if row.fits else "red")
+    return table
+
+
+def _serving_title(answer: SizeAnswer, row: ContextAnswer) -> str:
+    share = f", {row.gpu_memory_utilization:g} of the GPU" if row.gpu_memory_utilization else ""
+    engine = f"vLLM {row.engine_version}, " if row.engine_version else ""
+    return f"Serving, GiB on each GPU ({engine}{answer.weight_format} weights{share})"
+
+
+def _cells(row: ContextAnswer, columns: Sequence[tuple[str, tuple[str, ...]]]) -> list[str]:
+    tokens = format_tokens(row.context)
+    if row.estimate is None:
+        return [tokens, *["-"] * (len(columns) + 2), f"{row.place}: cannot run it", "-"]
+    sizes = {part.name: part.expected_bytes for part in row.estimate.components}
+    shown = [sum(sizes.get(name, 0) for name in names) for _, names in columns]
+    other = row.needed_bytes - sum(shown)
+    place = row.place if row.fits else f"none ({row.place}: {format_gib(row.usable_bytes)})"
+    if row.task == "serve":
+        last = f"{row.sequences_at_context:,}" if row.fits else "0"
+    else:
+        last = format_tokens(row.largest_context) if row.largest_context else "-"
+    return [tokens, *map(_gib, shown), _gib(other), _gib(row.needed_bytes), place, last]
+
+
+def _reasons(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> list[str]:
+    lines: list[str] = []
+    steps = answer.serving_ladder if task == "serve" else answer.finetune_ladder
+    if steps:
+        lines.append("Where the size changes: " + ladder_text(steps))
+    largest = rows[-1]
+    if task == "serve" and largest.kv_per_sequence is not None:
+        kv = largest.kv_per_sequence
+        if not kv.steady_bytes == kv.reserved_bytes == kv.unified_bytes and kv.unified_bytes > 1.02 * kv.steady_bytes:
+            lines.append(
+                f"KV of one sequence at {format_tokens(largest.context)}: {format_gib(kv.steady_bytes)} steady,"
+                f" {format_gib(kv.reserved_bytes)} as vLLM reserves it, {format_gib(kv.unified_bytes)} with the hybrid"
+                " cache manager off (windowed layers forget)"
+            )
+    if largest.loss_heads:
+        lines.append(_loss_line(largest))
+    for row in rows:
+        if row.link:
+            lines.append(f"{row.place}: {row.link}")
+        if not row.fits:
+            lines.append(f"[red]{row.reason}.[/red]")
+            lines += [f"  would fit: {r.change} ({r.flags}): {format_gib(r.needed_bytes)}" for r in row.remedies]
+    return list(dict.fromkeys(lines))
+
+
+def _loss_line(row: ContextAnswer) -> str:
+    names = {
+        "chunked": "chunked (TRL)",
+        "liger": "Liger",
+        "hf": "plain transformers 5",
+        "hf_outputs": "Trainers of 2023",
+    }
+    parts = ", ".join(f"{names[peak.loss]} {format_gib(peak.allocated_bytes)}" for peak in row.loss_heads)
+    return f"The loss head decides at {format_tokens(row.context)} (peak allocated): {parts}"
+
+
+def ladder_text(steps: Sequence[Step]) -> str:
+    """`NV36ads_A10_v5 up to 26,848 tokens, then NC24ads_A100_v4 up to 40,960`."""
+    parts = [f"{step.place} up to {step.to_tokens:,}" for step in steps]
+    return ", then ".join(parts) + " tokens"
+
+
+def _next_step(answer: SizeAnswer) -> str:
+    served = [a for a in answer.answers if a.task == "serve" and a.fits]
+    if served:
+        last = served[-1]
+        name = answer.hub_id or answer.model
+        return (
+            f"Next: vllm serve {name} {' '.join(last.arguments)}\n      (--explain shows every formula and its source)"
+        )
+    if any(not a.fits for a in answer.answers):
+        return "Next: repeat the command with one of the changes above"
+    return "Next: --explain shows every formula, its inputs and its source"
+
+
+def print_explanation(console: Console, row: ContextAnswer) -> None:
+    """Formula, inputs and source behind each component of one answer."""
+    console.print()
+    verb = "Serving" if row.task == "serve" else "Fine-tuning"
+    if row.estimate is None:
+        console.print(f"{verb} at {format_tokens(row.context)}: {row.reason}", highlight=False)
+        return
+    table = _table(
+        f"{verb} at {format_tokens(row.context)} on {row.place}: {row.estimate.peak_instant}",
+        [("component", "left"), ("GiB", "right"), ("formula", "left"), ("inputs", "left"), ("source", "left")],
+    )
+    for part in row.estimate.components:
+        spread = ""
+        if part.low_bytes != part.high_bytes:
+            spread = f"\n{_gib(part.low_bytes)}-{_gib(part.high_bytes)}"
+        inputs = ", ".join(f"{key}={_plain(value)}" for key, value in part.inputs.items())
+        table.add_row(part.name, _gib(part.expected_bytes) + spread, part.formula, inputs, part.source)
+    console.print(table)
+    if row.instants:
+        ordered = sorted(row.instants.items(), key=lambda item: -item[1])
+        console.print("Instants: " + ", ".join(f"{name} {format_gib(size)}" for name, size in ordered), highlight=False)
+    if row.estimate.not_modelled:
+        console.print("Not modelled: " + "; ".join(row.estimate.not_modelled) + ".", highlight=False)
+
+
+def _plain(value: float | str) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}" if isinstance(value, float) else value
+
+
+def size_csv(answer: SizeAnswer) -> str:
+    """One line a component: model, task, context, place, fits, component and its bytes."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["model", "task", "context", "place", "gpus", "fits", "component", "low_bytes", "expected_bytes", "high_bytes"]
+    )
+    for row in answer.answers:
+        head = [answer.model, row.task, row.context, row.place, row.gpus, str(row.fits).lower()]
+        for part in row.estimate.components if row.estimate else ():
+            writer.writerow([*head, part.name, part.low_bytes, part.expected_bytes, part.high_bytes])
+        if row.estimate:
+            estimate = row.estimate
+            writer.writerow([*head, "total", estimate.low_bytes, estimate.expected_bytes, estimate.high_bytes])
+    return out.getvalue()
+
+
+def models_table(entries: Sequence[ModelEntry]) -> RenderableType:
+    """The catalog's models."""
+    table = _table(
+        f"{len(entries)} models",
+        [
+            ("name", "left"),
+            ("parameters", "right"),
+            ("context", "right"),
+            ("bf16 GiB", "right"),
+            ("licence", "left"),
+            ("use cases", "left"),
+        ],
+    )
+    for entry in entries:
+        table.add_row(
+            entry.name,
+            f"{entry.parameter_count / 1e9:.2f} B",
+            format_tokens(entry.max_context),
+            _gib(2 * entry.parameter_count),
+            entry.license,
+            ", ".join(entry.use_cases),
+        )
+    return table
+
+
+def skus_table(sizes: Sequence[VmSku]) -> RenderableType:
+    """Azure's GPU sizes."""
+    table = _table(
+        f"{len(sizes)} Azure GPU sizes",
+        [
+            ("size", "left"),
+            ("GPUs", "left"),
+            ("GiB each", "right"),
+            ("vCPU", "right"),
+            ("RAM GiB", "right"),
+            ("spot", "left"),
+            ("AKS", "left"),
+            ("quota family", "left"),
+            ("status", "left"),
+        ],
+    )
+    for size in sizes:
+        card = gpu_of(size) if size.plannable else None
+        count = "" if size.gpu_count is None else f"{size.gpu_count} x "
+        if size.gpu_fraction not in (None, "1"):
+            count = f"{size.gpu_fraction} of "
+        status = size.status if size.plannable else f"{size.status}: {size.unplannable_reason}"
+        if size.retirement_date:
+            status += f" ({size.retirement_date})"
+        table.add_row(
+            size.short_name,
+            f"{count}{size.gpu_label}",
+            _gib(card.usable_bytes) if card else "-",
+            "-" if size.vcpu is None else str(size.vcpu),
+            "-" if size.ram_gib is None else f"{size.ram_gib:,}",
+            "yes" if size.spot_supported else "no",
+            size.aks_supported,
+            size.quota_family,
+            status,
+        )
+    return table
+
+
+def print_validation(console: Console, validation: Validation, *, rows: bool = True) -> None:
+    """Errors by row and quantity, refusals with reasons, and the summary."""
+    if rows:
+        table = _table(
+            "Predicted against measured",
+            [
+                ("row", "left"),
+                ("model", "left"),
+                ("quantity", "left"),
+                ("predicted", "right"),
+                ("measured", "right"),
+                ("error %", "right"),
+            ],
+        )
+        for row in validation.predictions:
+            for name, pair in row.quantities.items():
+                table.add_row(
+                    row.id,
+                    row.model,
+                    name,
+                    f"{pair.predicted:,.3f}",
+                    f"{pair.measured:,.3f}",
+                    f"{pair.error_pct:+.2f}",
+                )
+        console.print(table)
+    if validation.refusals:
+        table = _table("Refused", [("rows", "right"), ("reason", "left")])
+        for reason, count in validation.refusal_reasons.items():
+            table.add_row(str(count), reason)
+        console.print(table)
+    table = _table(
+        f"{validation.rows} rows, {validation.predicted} predicted, {validation.refused} refused",
+        [
+            ("quantity", "left"),
+            ("rows", "right"),
+            ("median %", "right"),
+            ("p90 %", "right"),
+            ("max %", "right"),
+            ("worst row", "left"),
+        ],
+    )
+    for error in validation.errors:
+        table.add_row(
+            error.quantity,
+            str(error.rows),
+            f"{error.median_abs_pct:.2f}",
+            f"{error.p90_abs_pct:.2f}",
+            f"{error.max_abs_pct:.2f}",
+            error.worst_row,
+        )
+    console.print(table)
+
+
+def validation_json(validation: Validation) -> dict[str, Any]:
+    """The summary, then every row, as `planner validate --json` prints them."""
+    return {
+        "schema_version": "tonnage.validation/1",
+        "summary": {
+            "rows": validation.rows,
+            "predicted": validation.predicted,
+            "refused": validation.refused,
+            "refused_reasons": validation.refusal_reasons,
+            "quantities": {
+                error.quantity: {
+                    "rows": error.rows,
+                    "median_abs_pct": round(error.median_abs_pct, 3),
+                    "p90_abs_pct": round(error.p90_abs_pct, 3),
+                    "max_abs_pct": round(error.max_abs_pct, 3),
+                    "worst_row": error.worst_row,
+                }
+                for error in validation.errors
+            },
+        },
+        "rows": [row.model_dump(mode="json") for row in validation.predictions],
+        "refusals": [refusal.model_dump(mode="json") for refusal in validation.refusals],
+    }

@@ -1,0 +1,389 @@
+"""`planner size`: one model at several context lengths, served and fine-tuned, each on the smallest place that fits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+
+from planner.catalog import load_model
+from planner.catalog.hardware import Gpu, VmSku, gpu, gpu_of, link_note, sku
+from planner.catalog.trainers import trainer
+from planner.errors import PlannerError
+from planner.fit import (
+    Fit,
+    Misfit,
+    Remedy,
+    Settings,
+    Step,
+    Task,
+    candidates,
+    fit_gpu,
+    fit_size,
+    ladder,
+    misfit_sentence,
+    remedies,
+    smallest,
+    with_context,
+)
+from planner.memory.estimate import MemoryEstimate
+from planner.memory.serving import KvPerSequence, ServingMemory, ServingSettings
+from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
+from planner.model import Frozen, ModelSpec
+from planner.units import parse_tokens
+
+SCHEMA: Literal["tonnage.size/1"] = "tonnage.size/1"
+MAX_CONTEXTS = 64
+S = TypeVar("S", ServingSettings, FinetuneSettings)
+
+
+class SizeRequest(Frozen):
+    """What was asked: contexts in tokens, tasks, where (a GPU, a VM size, or the smallest Azure size), headroom."""
+
+    contexts: tuple[int, ...]
+    serve: ServingSettings | None = None
+    finetune: FinetuneSettings | None = None
+    gpu: Gpu | None = None
+    sku: VmSku | None = None
+    gpus: int | None = None
+    headroom: float | None = None
+    rope_factor: float | None = None
+
+
+class LossHeadPeak(Frozen):
+    """The fine-tuning peak with another loss head: how much that one choice decides."""
+
+    loss: str
+    allocated_bytes: int
+    peak_instant: str
+
+
+class ContextAnswer(Frozen):
+    """One task at one context.
+
+    place, gpus, gpu: where it fits, or where it was tried; fits; largest_context there, in tokens
+    estimate: bytes of one GPU by component; kv and the serving figures for serving only, trainable for fine-tuning
+    arguments: of `vllm serve`; link: what the GPUs' link means; reason, remedies: when it does not fit
+    """
+
+    task: Task
+    context: int
+    fits: bool
+    place: str
+    sku: str | None
+    gpu: str
+    gpus: int
+    usable_bytes: int
+    needed_bytes: int
+    largest_context: int
+    estimate: MemoryEstimate | None
+    kv_per_sequence: KvPerSequence | None = None
+    kv_tokens: int | None = None
+    sequences_at_context: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    gpu_memory_utilization: float | None = None
+    engine_version: str | None = None
+    arguments: tuple[str, ...] = ()
+    allocated_bytes: int | None = None
+    trainable_parameters: int | None = None
+    instants: dict[str, int] = Field(default_factory=dict)
+    loss_heads: tuple[LossHeadPeak, ...] = ()
+    link: str = ""
+    reason: str = ""
+    remedies: tuple[Remedy, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class SizeAnswer(Frozen):
+    """Everything `planner size` knows; `--json` prints exactly this."""
+
+    schema_version: Literal["tonnage.size/1"] = SCHEMA
+    model: str
+    hub_id: str | None
+    parameters: int
+    active_parameters: int
+    layers: int
+    max_context: int
+    kv_bytes_per_token: int | None
+    weight_format: str
+    source: str
+    answers: tuple[ContextAnswer, ...]
+    serving_ladder: tuple[Step, ...] = ()
+    finetune_ladder: tuple[Step, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return all(answer.fits for answer in self.answers)
+
+
+_SERVE_OPTIONS = (
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "gpu_memory_utilization",
+    "pipeline_parallel_size",
+    "quantization",
+    "kv_cache_dtype",
+    "block_size",
+    "enforce_eager",
+    "enable_lora",
+    "max_loras",
+    "max_lora_rank",
+    "enable_prefix_caching",
+    "concurrency",
+    "engine_version",
+)
+_FINETUNE_OPTIONS = (
+    "method",
+    "trainer",
+    "micro_batch",
+    "gradient_accumulation_steps",
+    "lora_rank",
+    "adapter_dtype",
+    "weights_dtype",
+    "optimizer",
+    "loss",
+    "gradient_checkpointing",
+    "attention",
+    "parallelism",
+    "n_gpus",
+)
+
+
+def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeRequest]:
+    """The model and the request behind the command line's options; PlannerError names the option that is wrong."""
+    spec = load_model(options["model"])
+    contexts = tuple(parse_tokens(part) for part in options["ctx"].split(",") if part.strip())
+    rope = _rope_factor(options["rope_scaling"])
+    check_contexts(spec, contexts, rope)
+    if options["gpu"] and options["sku"]:
+        raise PlannerError("--gpu plans for a card and --sku for a VM size: give one of them")
+    headroom = options["headroom"]
+    if headroom is not None and not 0 <= headroom < 1:
+        raise PlannerError(f"a headroom of {headroom:g} is not a share of the GPU: write 0.1 for a tenth")
+    task, tp = options["task"], options["tp"]
+    finetune = serve = None
+    if task in ("serve", "both"):
+        draft = load_model(options["draft_model"]) if options["draft_model"] else None
+        serve = _checked(
+            ServingSettings,
+            {name: options[name] for name in _SERVE_OPTIONS}
+            | {
+                "max_model_len": max(contexts),
+                "tensor_parallel_size": tp or 1,
+                "draft": draft,
+                "draft_tokens": options["num_speculative_tokens"] or (1 if draft else 0),
+                "hybrid_kv_cache": None if options["hybrid_kv_cache"] else False,
+            },
+        )
+    if task in ("finetune", "both"):
+        finetune = _checked(
+            FinetuneSettings,
+            {name: options[name] for name in _FINETUNE_OPTIONS}
+            | {
+                "seq_len": max(contexts),
+                "lora_targets": _lora_targets(options["lora_targets"]),
+                "offload": frozenset(part.strip() for part in options["offload"].split(",") if part.strip()),
+                "task": "dpo" if options["dpo"] else "sft",
+            },
+        )
+        trainer(finetune.trainer)
+    return spec, SizeRequest(
+        contexts=contexts,
+        serve=serve,
+        finetune=finetune,
+        gpu=gpu(options["gpu"]) if options["gpu"] else None,
+        sku=sku(options["sku"]) if options["sku"] else None,
+        gpus=tp,
+        headroom=headroom,
+        rope_factor=rope,
+    )
+
+
+def _checked(kind: type[S], fields: dict[str, Any]) -> S:
+    """The settings, or one sentence about the first field that pydantic refuses."""
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(str(part) for part in first["loc"][:1])
+        flag = "--" + name.replace("_", "-")
+        raise PlannerError(f"{flag} {fields.get(name)!r} cannot be planned: {first['msg'].lower()}") from error
+
+
+def _lora_targets(text: str) -> str | tuple[str, ...]:
+    if text in ("all-linear", "attention", "default"):
+        return text
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _rope_factor(text: str | None) -> float | None:
+    """`yarn:4` -> 4.0; a bare factor is taken too."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(?:yarn|linear|dynamic|longrope|llama3):)?([0-9]+(?:\.[0-9]+)?)", text.strip().lower())
+    if match is None or not 1 <= float(match[1]) <= 64:
+        raise PlannerError(f"{text!r} is not a rope extension: write its kind and factor, for example yarn:4")
+    return float(match[1])
+
+
+def check_contexts(spec: ModelSpec, contexts: Sequence[int], rope_factor: float | None) -> None:
+    """Refuses contexts that are not positive, too many, or above the model's own without a stated rope extension."""
+    if not contexts:
+        raise PlannerError("no context was given: write --ctx 32768, or several as --ctx 2k,8k,32k")
+    if len(contexts) > MAX_CONTEXTS:
+        raise PlannerError(f"{len(contexts)} contexts are too many for one table: ask for at most {MAX_CONTEXTS}")
+    limit = int(spec.max_context * (rope_factor or 1))
+    for tokens in contexts:
+        if tokens < 1:
+            raise PlannerError(f"a context of {tokens} tokens cannot be planned: it starts at 1")
+        if tokens > limit:
+            factor = -(-tokens // spec.max_context)
+            raise PlannerError(
+                f"{tokens:,} tokens are beyond {spec.name}'s context of {spec.max_context:,}"
+                + (f" x {rope_factor:g}" if rope_factor else "")
+                + f": lower --ctx, or state the rope extension you will serve with (--rope-scaling yarn:{factor})"
+            )
+
+
+def size(spec: ModelSpec, request: SizeRequest) -> SizeAnswer:
+    """The answer to a request; PlannerError for contexts, cards or settings that cannot be."""
+    check_contexts(spec, request.contexts, request.rope_factor)
+    if request.rope_factor:
+        spec = spec.model_copy(update={"max_context": int(spec.max_context * request.rope_factor)})
+    tasks: list[tuple[Task, Settings]] = []
+    if request.serve is not None:
+        tasks.append(("serve", request.serve))
+    if request.finetune is not None:
+        tasks.append(("finetune", request.finetune))
+    answers = [_answer(spec, request, task, settings, n) for task, settings in tasks for n in request.contexts]
+    search = request.gpu is None and request.sku is None
+    serving = [a for a in answers if a.task == "serve"]
+    return SizeAnswer(
+        model=spec.name,
+        hub_id=spec.hub_id,
+        parameters=spec.parameter_count,
+        active_parameters=spec.active_parameter_count,
+        layers=spec.num_layers,
+        max_context=spec.max_context,
+        kv_bytes_per_token=_kv_bytes_per_token(spec, request.serve) if serving and request.serve else None,
+        weight_format=_weight_format(spec, request.serve),
+        source=spec.source,
+        answers=tuple(answers),
+        serving_ladder=_ladder(spec, request, "serve", request.serve) if search and request.serve else (),
+        finetune_ladder=_ladder(spec, request, "finetune", request.finetune) if search and request.finetune else (),
+        notes=spec.notes,
+    )
+
+
+def headroom_of(request: SizeRequest, task: Task) -> float:
+    """The share of a GPU to leave free: as asked, else none for serving (vLLM budgets itself) and 5 % for training."""
+    if request.headroom is not None:
+        return request.headroom
+    return 0.0 if task == "serve" else 0.05
+
+
+def _kv_bytes_per_token(spec: ModelSpec, settings: ServingSettings) -> int:
+    from planner.memory.serving import rank_layout
+
+    one = settings.model_copy(update={"tensor_parallel_size": 1, "pipeline_parallel_size": 1})
+    return rank_layout(spec, one).naive_bytes_per_token
+
+
+def _weight_format(spec: ModelSpec, settings: ServingSettings | None) -> str:
+    from planner.memory.weights import weight_scheme
+
+    return weight_scheme(spec, settings.quantization if settings else None).name
+
+
+def _ladder(spec: ModelSpec, request: SizeRequest, task: Task, settings: Settings) -> tuple[Step, ...]:
+    try:
+        return ladder(spec, settings, headroom=headroom_of(request, task), gpus=request.gpus)
+    except PlannerError:  # a workload that no card can run has no ladder; its answer says why
+        return ()
+
+
+def _answer(spec: ModelSpec, request: SizeRequest, task: Task, settings: Settings, tokens: int) -> ContextAnswer:
+    chosen = with_context(settings, tokens)
+    headroom = headroom_of(request, task)
+    outcome: Fit | Misfit | None
+    if request.gpu is not None:
+        outcome = fit_gpu(spec, chosen, request.gpu, headroom=headroom)
+    elif request.sku is not None:
+        outcome = fit_size(spec, chosen, request.sku, headroom=headroom, gpus=request.gpus)
+    else:
+        outcome = smallest(spec, chosen, headroom=headroom, gpus=request.gpus)
+        if outcome is None:
+            outcome = _best_effort(spec, chosen, headroom, request.gpus)
+    return _context_answer(spec, task, tokens, outcome, chosen, headroom)
+
+
+def _best_effort(spec: ModelSpec, settings: Settings, headroom: float, gpus: int | None) -> Fit | Misfit:
+    """The Misfit on the largest Azure size that can be asked for, when no size fits."""
+    sizes = [s for s in candidates() if not gpus or gpus <= (s.gpu_count or 0)]
+    if not sizes:
+        raise PlannerError(f"no Azure size has {gpus} GPUs in one VM: lower --tp, or plan pipeline stages over VMs")
+    largest = max(sizes, key=lambda s: gpu_of(s).usable_bytes * (s.gpu_count or 0))
+    return fit_size(spec, settings, largest, headroom=headroom, gpus=gpus)
+
+
+def _context_answer(
+    spec: ModelSpec, task: Task, tokens: int, outcome: Fit | Misfit, settings: Settings, headroom: float
+) -> ContextAnswer:
+    place, memory = outcome.place, outcome.memory
+    fields: dict[str, object] = {}
+    if isinstance(memory, ServingMemory):
+        fields = {
+            "kv_per_sequence": memory.kv_for_one_sequence,
+            "kv_tokens": memory.kv_tokens,
+            "sequences_at_context": memory.sequences_at_context,
+            "max_num_seqs": memory.max_num_seqs,
+            "max_num_batched_tokens": memory.max_num_batched_tokens,
+            "gpu_memory_utilization": memory.gpu_memory_utilization,
+            "engine_version": memory.engine_version,
+            "arguments": memory.arguments,
+        }
+    elif isinstance(memory, TrainingMemory):
+        fields = {
+            "allocated_bytes": memory.allocated_bytes,
+            "trainable_parameters": memory.trainable_parameters,
+            "instants": {instant.name: instant.total_bytes for instant in memory.instants},
+            "loss_heads": _loss_heads(spec, memory, place.gpu),
+            "notes": memory.notes,
+        }
+    misfit = isinstance(outcome, Misfit)
+    return ContextAnswer(
+        task=task,
+        context=tokens,
+        fits=not misfit,
+        place=place.label,
+        sku=place.sku.name if place.sku else None,
+        gpu=place.gpu.name,
+        gpus=place.gpus,
+        usable_bytes=outcome.usable_bytes,
+        needed_bytes=outcome.needed_bytes,
+        largest_context=outcome.largest_context,
+        estimate=memory.estimate if memory else None,
+        link=link_note(place.sku, place.gpus).text if place.sku and place.gpus > 1 else "",
+        reason=misfit_sentence(spec, outcome, tokens) if isinstance(outcome, Misfit) else "",
+        remedies=remedies(spec, outcome, settings, headroom=headroom) if isinstance(outcome, Misfit) else (),
+        **fields,
+    )
+
+
+def _loss_heads(spec: ModelSpec, memory: TrainingMemory, card: Gpu) -> tuple[LossHeadPeak, ...]:
+    """The same run with TRL's chunked head, Liger's, and the plain one of transformers 5 and of Trainers of 2023."""
+    peaks = []
+    for loss in ("chunked", "liger", "hf", "hf_outputs"):
+        other = training_memory(
+            spec,
+            memory.settings.model_copy(update={"loss": loss}),
+            supports_bf16=card.supports_bf16,
+            supports_flash_attention=card.supports_flash_attention_2 is not False,
+            compute_capability=card.compute_capability,
+        )
+        peaks.append(LossHeadPeak(loss=loss, allocated_bytes=other.allocated_bytes, peak_instant=other.peak_instant))
+    return tuple(peaks)
