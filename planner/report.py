@@ -27,8 +27,7 @@ SERVING_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 TRAINING_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("weights", ("weights", "gathered weights", "reference model")),
-    ("adapter", ("adapters",)),
-    ("state", ("optimizer state", "gradients", "step temporaries", "communication")),
+    ("trained", ("adapters", "optimizer state", "gradients", "step temporaries", "communication")),
     ("activations", ("activations",)),
     ("working", ("working",)),
 )
@@ -123,10 +122,10 @@ def _headline(answer: SizeAnswer) -> str:
 
 
 def _size_table(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> Table:
-    searched = bool(answer.serving_ladder or answer.finetune_ladder) or any(r.sku for r in rows)
+    searched = bool(answer.serving_ladder or answer.finetune_ladder)
     columns = SERVING_COLUMNS if task == "serve" else TRAINING_COLUMNS
-    where = "smallest Azure size" if searched else "GPU"
-    last = "sequences" if task == "serve" else "reaches"
+    where = "smallest Azure size" if searched else "Azure size" if rows[0].sku else "GPU"
+    last = "sequences" if task == "serve" else "" if searched else "reaches"
     title = _serving_title(answer, rows[0]) if task == "serve" else "Fine-tuning, GiB on each GPU"
     table = _table(
         title,
@@ -136,11 +135,12 @@ def _size_table(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) ->
             ("other", "right"),
             ("total", "right"),
             (where, "left"),
-            (last, "right"),
+            *([(last, "right")] if last else []),
         ],
     )
     for row in rows:
-        table.add_row(*_cells(row, columns), style=None if row.fits else "red")
+        cells = _cells(row, columns)
+        table.add_row(*(cells if last else cells[:-1]), style=None if row.fits else "red")
     return table
 
 

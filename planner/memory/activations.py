@@ -466,14 +466,14 @@ class _Player:
     def _mlp(self, x: Value, ffn: int, rows: int, names: tuple[str, str, str]) -> Value:
         tape, shape, hidden = self.tape, self.shape, self.shape.hidden
         if not shape.gated:
-            up = self.linear(x, hidden, ffn, names[1], rows=rows)
-            act = tape.new(rows * ffn, up.itemsize)
-            tape.record(act, [up], [up])
-            tape.drop(up)
+            wide = self.linear(x, hidden, ffn, names[1], rows=rows)
+            act = tape.new(rows * ffn, wide.itemsize)
+            tape.record(act, [wide], [wide])
+            tape.drop(wide)
             down = self.linear(act, ffn, hidden, names[2], rows=rows)
             tape.drop(act)
             return down
-        up: Value | None
+        up: Value | None = None
         held: tuple[Value, ...]
         if shape.fused_gate_up and names[0] == "gate":
             packed = self.linear(x, hidden, 2 * ffn, "gate_up", rows=rows)
@@ -483,7 +483,6 @@ class _Player:
         else:
             gate = self.linear(x, hidden, ffn, names[0], rows=rows)
             held = (gate,)
-            up = None
         if self.step.kernels.swiglu:
             if up is None:
                 up = self.linear(x, hidden, ffn, names[1], rows=rows)
