@@ -124,9 +124,12 @@ def _headline(answer: SizeAnswer) -> str:
 def _size_table(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> Table:
     searched = bool(answer.serving_ladder or answer.finetune_ladder)
     columns = SERVING_COLUMNS if task == "serve" else TRAINING_COLUMNS
-    where = "smallest Azure size" if searched else "Azure size" if rows[0].sku else "GPU"
+    where = "smallest Azure size" if searched else "fits"
     last = "sequences" if task == "serve" else "" if searched else "reaches"
     title = _serving_title(answer, rows[0]) if task == "serve" else "Fine-tuning, GiB on each GPU"
+    if not searched:
+        place = rows[0].sku.removeprefix("Standard_") if rows[0].sku else rows[0].place
+        title = title.replace(", GiB", f" on {place} ({format_gib(rows[0].usable_bytes)} a GPU), GiB", 1)
     table = _table(
         title,
         [
@@ -139,7 +142,7 @@ def _size_table(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) ->
         ],
     )
     for row in rows:
-        cells = _cells(row, columns)
+        cells = _cells(row, columns, searched)
         table.add_row(*(cells if last else cells[:-1]), style=None if row.fits else "red")
     return table
 
@@ -150,14 +153,16 @@ def _serving_title(answer: SizeAnswer, row: ContextAnswer) -> str:
     return f"Serving, GiB on each GPU ({engine}{answer.weight_format} weights{share})"
 
 
-def _cells(row: ContextAnswer, columns: Sequence[tuple[str, tuple[str, ...]]]) -> list[str]:
+def _cells(row: ContextAnswer, columns: Sequence[tuple[str, tuple[str, ...]]], searched: bool) -> list[str]:
     tokens = format_tokens(row.context)
     if row.estimate is None:
-        return [tokens, *["-"] * (len(columns) + 2), f"{row.place}: cannot run it", "-"]
+        return [tokens, *["-"] * (len(columns) + 2), f"{row.place}: cannot run it" if searched else "no", "-"]
     sizes = {part.name: part.expected_bytes for part in row.estimate.components}
     shown = [sum(sizes.get(name, 0) for name in names) for _, names in columns]
     other = row.needed_bytes - sum(shown)
-    place = row.place if row.fits else f"none ({row.place}: {format_gib(row.usable_bytes)})"
+    place = row.place if row.fits else f"none ({row.place})"
+    if not searched:
+        place = "no" if not row.fits else "yes" if row.gpus == 1 else f"on {row.gpus} GPUs"
     if row.task == "serve":
         last = f"{row.sequences_at_context:,}" if row.fits else "0"
     else:

@@ -29,13 +29,15 @@ from planner.fit import (
     with_context,
 )
 from planner.memory.estimate import MemoryEstimate
-from planner.memory.serving import KvPerSequence, ServingMemory, ServingSettings
+from planner.memory.serving import KvPerSequence, ServingMemory, ServingSettings, rank_layout
 from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
+from planner.memory.weights import check_parallel, weight_scheme
 from planner.model import Frozen, ModelSpec
 from planner.units import parse_tokens
 
 SCHEMA: Literal["tonnage.size/1"] = "tonnage.size/1"
 MAX_CONTEXTS = 64
+MAX_ROPE_FACTOR = 64
 S = TypeVar("S", ServingSettings, FinetuneSettings)
 
 
@@ -166,6 +168,8 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
         raise PlannerError(f"a headroom of {headroom:g} is not a share of the GPU: write 0.1 for a tenth")
     task, tp = options["task"], options["tp"]
     finetune = serve = None
+    if task != "finetune":
+        check_parallel(spec, tp or 1, options["pipeline_parallel_size"])
     if task in ("serve", "both"):
         draft = load_model(options["draft_model"]) if options["draft_model"] else None
         serve = _checked(
@@ -225,7 +229,7 @@ def _rope_factor(text: str | None) -> float | None:
     if text is None:
         return None
     match = re.fullmatch(r"(?:(?:yarn|linear|dynamic|longrope|llama3):)?([0-9]+(?:\.[0-9]+)?)", text.strip().lower())
-    if match is None or not 1 <= float(match[1]) <= 64:
+    if match is None or not 1 <= float(match[1]) <= MAX_ROPE_FACTOR:
         raise PlannerError(f"{text!r} is not a rope extension: write its kind and factor, for example yarn:4")
     return float(match[1])
 
@@ -242,10 +246,11 @@ def check_contexts(spec: ModelSpec, contexts: Sequence[int], rope_factor: float 
             raise PlannerError(f"a context of {tokens} tokens cannot be planned: it starts at 1")
         if tokens > limit:
             factor = -(-tokens // spec.max_context)
+            extended = f" x {rope_factor:g}" if rope_factor else ""
+            extension = f", or state the rope extension you will serve with (--rope-scaling yarn:{factor})"
             raise PlannerError(
-                f"{tokens:,} tokens are beyond {spec.name}'s context of {spec.max_context:,}"
-                + (f" x {rope_factor:g}" if rope_factor else "")
-                + f": lower --ctx, or state the rope extension you will serve with (--rope-scaling yarn:{factor})"
+                f"{tokens:,} tokens are beyond {spec.name}'s context of {spec.max_context:,}{extended}:"
+                f" lower --ctx{extension if factor <= MAX_ROPE_FACTOR else ''}"
             )
 
 
@@ -287,15 +292,11 @@ def headroom_of(request: SizeRequest, task: Task) -> float:
 
 
 def _kv_bytes_per_token(spec: ModelSpec, settings: ServingSettings) -> int:
-    from planner.memory.serving import rank_layout
-
     one = settings.model_copy(update={"tensor_parallel_size": 1, "pipeline_parallel_size": 1})
     return rank_layout(spec, one).naive_bytes_per_token
 
 
 def _weight_format(spec: ModelSpec, settings: ServingSettings | None) -> str:
-    from planner.memory.weights import weight_scheme
-
     return weight_scheme(spec, settings.quantization if settings else None).name
 
 

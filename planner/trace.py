@@ -63,6 +63,7 @@ class Components(Frozen):
 
 
 COMPONENTS = tuple(Components.model_fields)
+_SOFTMAX = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class Trace(Frozen):
@@ -465,7 +466,8 @@ class _Step:
             )
         kinds = getattr(model.config, "layer_types", None) or [None] * len(layers)
         signatures = [
-            (kind, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()))
+            # a window changes which scores are computed, not which tensors are made
+            (kind in _SOFTMAX or kind, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()))
             for kind, layer in zip(kinds, layers, strict=True)
         ]
         return len(layers), [len(layers)] if full_depth else _depths(signatures)

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from planner import catalog
 from planner.catalog.engines import engine, parse_version
 from planner.catalog.hardware import gpu
@@ -184,6 +186,9 @@ def validate_serving(rows: Iterable[Row]) -> Validation:
             predictions.append(_predict(row))
         except PlannerError as error:
             refusals.append(Refusal(id=row.get("id", ""), reason=str(error)))
+        except ValidationError as error:  # a cell that vLLM itself would not take, such as a utilization of 1.2
+            field = ".".join(str(part) for part in error.errors()[0]["loc"])
+            refusals.append(Refusal(id=row.get("id", ""), reason=f"the row's {field} is not a value that vLLM takes"))
     return summarise(predictions, refusals, count)
 
 
@@ -199,7 +204,8 @@ def _predict(row: Row) -> RowPrediction:
 def number(cell: str | None) -> float | None:
     """The first number of a cell such as `0.85 (mem-fraction-static)` or `28.08 GB`; None when there is none."""
     match = re.search(r"-?\d[\d,]*\.?\d*", cell or "")
-    return float(match[0].replace(",", "")) if match else None
+    value = float(match[0].replace(",", "")) if match else None
+    return value if value is not None and abs(value) < 1e15 else None
 
 
 def _whole(cell: str | None) -> int | None:

@@ -6,7 +6,7 @@ from planner.catalog.engines import constant, constant_source
 from planner.errors import NotModelled, PlannerError
 from planner.memory.estimate import MemoryEstimate, exact
 from planner.memory.serving_peak import HIDDEN_COPIES
-from planner.memory.weights import weight_bytes, weight_scheme
+from planner.memory.weights import allocator_rounding_bytes, weight_bytes, weight_scheme
 from planner.model import ModelSpec
 
 
@@ -21,7 +21,7 @@ def eager_memory(
 ) -> MemoryEstimate:
     """What torch allocates at the peak of `model.generate` with transformers, bytes.
 
-    peak = weights + cuBLAS workspace + max(prefill, decode)
+    peak = weights + allocator rounding + cuBLAS workspace + max(prefill, decode)
     prefill = batch * input * (KV + 2 B * (3 * ffn + 4 * hidden)): the last layer's feed-forward over the prompt
     decode  = batch * (input + output) * KV
     The output head sees the last token alone (transformers 4.45 and later); attention is FlashAttention or SDPA.
@@ -52,6 +52,12 @@ def eager_memory(
                 "sum over tensors of their stored bytes",
                 "shapes: " + (spec.source or spec.name),
                 {"parameters": spec.parameter_count, "format": scheme.name},
+            ),
+            exact(
+                "allocator rounding",
+                allocator_rounding_bytes(spec, scheme, compute_capability=compute_capability, fused=False),
+                "rests of up to 1 MiB below the next 2 MiB, over the large parameters",
+                constant_source("allocator"),
             ),
             exact(
                 "KV cache",

@@ -271,7 +271,7 @@ def _mxfp4_expert_bytes(tensor: Tensor, spec: ModelSpec, tp: int, compute_capabi
     matrices = tensor.shape[0] // spec.experts.ffn if is_input else 1
     rows = matrices * ffn if is_input else hidden
     if len(tensor.shape) == 1:
-        return rows * (4 if triton else 2)
+        return rows * pad["bias_bytes"]
     cols = hidden if is_input else ffn
     return rows * round_up(cols, pad["k"]) // 2 + rows * cdiv(cols, 32)
 
@@ -288,10 +288,11 @@ def allocator_rounding_bytes(
     pp: int = 1,
     compute_capability: tuple[int, int] = (9, 0),
     sizes: Sequence[int] | None = None,
+    fused: bool = True,
 ) -> int:
     """What torch's allocator adds to large parameters: a rest of up to 1 MiB below the next multiple of 2 MiB.
 
-    Query, key and value are one parameter, so are gate and up, and all experts of a layer.
+    fused, as in vLLM: query, key and value are one parameter, so are gate and up, and all experts of a layer.
     Source: pytorch/c10/cuda/CUDACachingAllocator.cpp (round_size, should_split).
     """
     if sizes is None:
@@ -303,7 +304,7 @@ def allocator_rounding_bytes(
         stacked = spec.experts.count if tensor.part == "expert" and spec.experts is not None else 1
         layers = max(1, tensor.count // stacked)
         prefix, _, last = tensor.name.removesuffix(".weight").rpartition(".")
-        key = (f"{prefix}.{FUSED.get(last, last)}", layers)
+        key = (f"{prefix}.{FUSED.get(last, last) if fused else last}", layers)
         modules[key] = modules.get(key, 0) + total // layers
     rules: dict[str, int] = constant("allocator")
     added = 0

@@ -19,6 +19,7 @@ ORDER = [
     {"planner.catalog"},
     {"planner.memory"},
     {"planner.fit"},
+    {"planner.size"},
     {"planner.performance"},
     {"planner.cost"},
     {"planner.plan"},
@@ -27,6 +28,7 @@ ORDER = [
     {"workloads"},
     {"infra"},
     {"planner.preview", "planner.verify", "planner.trace", "planner.validate"},
+    {"planner.validate_finetune"},
     {"planner.cli"},
 ]
 # planner.model and the packages it is split into: one part

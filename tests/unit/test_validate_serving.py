@@ -6,9 +6,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from planner.errors import PlannerError
 from planner.validate import (
+    SERVING_COLUMNS,
     RowPrediction,
     Validation,
     as_table,
@@ -133,7 +136,7 @@ def test_a_quantity_that_no_row_measured_is_refused() -> None:
 def test_a_table_without_its_columns_is_refused_in_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("id,engine\n1,vLLM V1\n")
-    with pytest.raises(PlannerError, match="lacks the columns engine_version, model, .*: add them") as caught:
+    with pytest.raises(PlannerError, match=r"lacks the columns engine_version, model, .*: add them") as caught:
         load_rows(path)
     assert "\n" not in str(caught.value)
     with pytest.raises(PlannerError, match="cannot be read as a CSV file"):
@@ -147,6 +150,18 @@ def test_odd_and_empty_cells_do_not_stop_a_validation(tmp_path: Path) -> None:
     path.write_text("\n".join([",".join(header), *odd]) + "\n")
     result = validate_serving(load_rows(path))
     assert (result.rows, result.predicted, result.refused) == (2, 0, 2)
+
+
+@given(
+    cells=st.dictionaries(
+        st.sampled_from(SERVING_COLUMNS[4:]),
+        st.sampled_from(["", "0", "-1", "1.2", "8", "1e9", "9" * 400, "fp8", "nan", "(none)", "~0.6.x", "é", "a,b"]),
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_no_cell_makes_a_validation_fail(cells: dict[str, str]) -> None:
+    result = validate_serving([{**rows()[0], **cells}])
+    assert result.rows == result.predicted + result.refused == 1
 
 
 @pytest.mark.parametrize(
