@@ -88,7 +88,7 @@ def predict_row(row: Mapping[str, str]) -> FinetunePrediction:
         raise NotModelled("no peak memory was measured")
     card = _card(row["gpu"])
     settings = settings_of(row)
-    spec = model(_model_name(row["model"]))
+    spec = _shape(row["model"])
     if settings.method != "full":
         settings = settings.model_copy(update={"lora_targets": _targets(row, spec)})
     memory = training_memory(
@@ -178,6 +178,17 @@ def _model_name(text: str) -> str:
     return re.sub(r"\s+", "-", name)
 
 
+def _shape(text: str) -> ModelSpec:
+    """The catalog's model that a table names, also where it adds the size to it (`phi-1.5 1.3 B`)."""
+    try:
+        return model(_model_name(text))
+    except PlannerError:
+        shorter = re.sub(r"\s[0-9.]+ B$", "", text)
+        if shorter == text:
+            raise
+        return model(_model_name(shorter))
+
+
 def _whole(row: Mapping[str, str], column: str) -> int:
     match = re.match(r"\s*(\d+)\s*(?:\(|$)", row[column])
     if match is None:
@@ -205,7 +216,7 @@ _NOT_MODELLED = {
     "parallelism": {
         r"device_map": "naive model parallelism (device_map) splits layers as they fall; not modelled",
         r"tensor|tp\d|pp\d|hsdp": "tensor, pipeline and hybrid sharding are not modelled for training",
-        r"ulysses|ring|context": "sequence and context parallelism are not modelled",
+        r"ulysses|ring|context|sequence": "sequence and context parallelism are not modelled",
     },
     "precision": {r"fp8": "FP8 training is not modelled"},
     "optimizer": {r"galore|badam|muon|adafactor|lomo": "this optimizer's memory is not modelled"},
@@ -215,6 +226,12 @@ _NOT_MODELLED = {
 
 def settings_of(row: Mapping[str, str]) -> FinetuneSettings:
     """The row's configuration in our words; NotModelled names what is outside the formulas."""
+    if "litgpt" in row["framework"].lower() and row["parallelism"].startswith("fsdp"):
+        raise NotModelled(
+            "LitGPT puts the whole model on each GPU before it shards; the peak of loading is not modelled"
+        )
+    if re.search(r"sequence[_ -]parallel", row["notes"], re.I):
+        raise NotModelled("sequence and context parallelism are not modelled")
     for column, reasons in _NOT_MODELLED.items():
         for pattern, reason in reasons.items():
             if re.search(pattern, row[column], re.I):

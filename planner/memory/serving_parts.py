@@ -180,6 +180,7 @@ def measured_components(
     top = peak.activation_peak(spec, scheme, version, device, batch, tp=tp)
     spread = int(top.total_bytes * float(constant("activation_spread")))
     low, expected, high = _non_torch(workload, version, device)
+    older = tp == 1 and device.compute_capability[0] < 9
     components = [
         Component(
             name="activation peak",
@@ -203,7 +204,7 @@ def measured_components(
             high_bytes=high,
             formula="measured: NCCL, kernels and libraries outside torch's pool",
             inputs={"tensor_parallel_size": tp, "engine_version": version.version},
-            source=version.sources["non_torch_gib"],
+            source=version.sources["non_torch_before_hopper_gib" if older else "non_torch_gib"],
         ),
     ]
     state = peak.v2_state_bytes(spec, scheme, version, batch)

@@ -272,8 +272,8 @@ def _static_bytes(job: _Run) -> _Static:
         buckets = 2 * 2 * int(constant("deepspeed_bucket_elements")["value"])
     if "optimizer" in s.offload:
         optimizer = scratch = 0
-    if "parameters" in s.offload:
-        weights = adapter_bytes = 0
+    if "parameters" in s.offload:  # and with them their gradients
+        weights = adapter_bytes = gradients = 0
     if s.optimizer_in_backward:
         largest = max((t.elements for t in spec.tensors), default=0)
         gradients = scratch = 0
