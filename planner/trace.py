@@ -215,11 +215,12 @@ def _period(signatures: Sequence[object]) -> tuple[int, int]:
     return 0, total
 
 
-def _depths(signatures: Sequence[object]) -> list[int]:
+def _depths(signatures: Sequence[object], at_least: int = 4) -> list[int]:
     """Two depths that end like the full one, one period apart, or the full depth alone if that is as shallow."""
     depth = len(signatures)
     start, period = _period(signatures)
-    shallow = start + (depth - start) % period + max(2 * period, 4 if period == 1 else 0)
+    shallow = start + (depth - start) % period + 2 * period
+    shallow += -(-max(0, at_least - shallow) // period) * period
     return [shallow, shallow + period] if shallow + period < depth else [depth]
 
 
@@ -464,13 +465,15 @@ class _Step:
             raise NotModelled(
                 "torch's grouped matrix product of the experts takes bf16 weights only: leave base_dtype at bf16"
             )
-        kinds = getattr(model.config, "layer_types", None) or [None] * len(layers)
+        # a window changes which scores are computed, not which tensors a layer makes; but every kind has to be there once,
+        # since each may have rotary tables of its own
+        kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
         signatures = [
-            # a window changes which scores are computed, not which tensors are made
             (kind in _SOFTMAX or kind, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()))
             for kind, layer in zip(kinds, layers, strict=True)
         ]
-        return len(layers), [len(layers)] if full_depth else _depths(signatures)
+        all_kinds = 1 + max(kinds.index(kind) for kind in set(kinds))
+        return len(layers), [len(layers)] if full_depth else _depths(signatures, max(4, all_kinds))
 
     def run(self, depth: int) -> _Run:
         """Trace the step at this depth; the optimizer already holds its state, as it does from the second step on."""

@@ -4,92 +4,25 @@
 
 Instants: the optimizer step; the loss (its forward and its backward); the backward of the last layer (all checkpoints
 or saved tensors alive, few gradients) and of the first (few checkpoints, all gradients). What a layer and the head
-keep and take comes from `activations.py`; what a trainer fuses, chunks and casts by default from
+keep and take comes from `layer_tape.py` and `head_tape.py`; what a trainer fuses, chunks and casts by default from
 `catalog/trainers.json`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from pydantic import Field
-
-from planner.catalog.trainers import LossHead, Trainer, constant, trainer
-from planner.errors import PlannerError
-from planner.memory.activations import (
-    AttentionKernel,
-    HeadShape,
-    Kernels,
-    LayerShape,
-    StepSettings,
-    layer_shape,
-    play_head,
-    play_layer,
-)
+from planner.catalog.trainers import constant
+from planner.memory.activations import HeadShape, LayerShape, StepSettings, layer_shape
 from planner.memory.estimate import Component, MemoryEstimate, exact
-from planner.memory.tape import Checkpointing, StepBytes, run
-from planner.model import Frozen, LoraTargets, ModelSpec, Tensor, adapter_parameters, lora_targets
+from planner.memory.finetune_settings import FinetuneSettings, Run, resolve
+from planner.memory.head_tape import play_head
+from planner.memory.layer_tape import play_layer
+from planner.memory.tape import StepBytes, run
+from planner.memory.training_state import Static, adapter_tensors, static_bytes
+from planner.model import Frozen, ModelSpec
 
-Method = Literal["full", "lora", "qlora", "dora", "qdora"]
-Optimizer = Literal[
-    "adamw_torch",
-    "adamw_torch_fused",
-    "adamw_8bit",
-    "paged_adamw_8bit",
-    "paged_adamw_32bit",
-    "adamw_4bit",
-    "sgd",
-    "sgd_momentum",
-    "none",
-]
-Parallelism = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2"]
-Offload = Literal["optimizer", "parameters", "activations"]
-Width = Literal["bf16", "fp16", "fp32"]
-BaseQuantization = Literal["nf4", "nf4-double", "gptq4", "gptq8", "int8"]
-
-
-class FinetuneSettings(Frozen):
-    """One fine-tuning run, in the trainers' own words.
-
-    method: full | lora | qlora | dora | qdora; trainer: a name of catalog/trainers.json, whose defaults None asks for
-    seq_len: tokens of a sequence (packed or padded); micro_batch: sequences a GPU takes at once
-    lora_rank, lora_targets: "all-linear", "attention", "default" or module names; adapter_dtype; lora_dropout
-    trained_embeddings: embeddings and head are trained beside the adapter (modules_to_save)
-    weights_dtype: of trained or frozen base weights; fp32 for full fine-tuning means fp32 masters under autocast
-    base_quantization: of a frozen base (qlora); kbit_prepare: prepare_model_for_kbit_training's fp32 casts
-    gradient_accumulation_steps: above 1 the gradients stay alive during forward and backward
-    optimizer_in_backward: the step runs per parameter in the backward, so gradients never add up
-    attention: flash, efficient (no S x S either), eager (S x S in memory); None: what the GPU allows
-    parallelism, n_gpus, offload; task: sft or dpo (two sequences a sample and a reference model)
-    """
-
-    method: Method = "qlora"
-    trainer: str = "trl"
-    seq_len: int = Field(ge=1, le=1 << 26)
-    micro_batch: int = Field(default=1, ge=1, le=1 << 16)
-    lora_rank: int = Field(default=16, ge=1, le=1 << 14)
-    lora_targets: LoraTargets = "all-linear"
-    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
-    adapter_dtype: Width | None = None
-    trained_embeddings: bool = False
-    weights_dtype: Width = "bf16"
-    base_quantization: BaseQuantization = "nf4-double"
-    kbit_prepare: bool = False
-    autocast: bool | None = None
-    optimizer: Optimizer | None = None
-    optimizer_in_backward: bool = False
-    gradient_checkpointing: bool = True
-    checkpointing: Checkpointing | None = None
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    attention: AttentionKernel | None = None
-    loss: LossHead | None = None
-    kernels: Kernels | None = None
-    packing: bool = True
-    parallelism: Parallelism = "none"
-    n_gpus: int = Field(default=1, ge=1, le=1 << 16)
-    offload: frozenset[Offload] = frozenset()
-    task: Literal["sft", "dpo"] = "sft"
+__all__ = ["FinetuneSettings", "Instant", "TrainingMemory", "training_memory"]
 
 
 class Instant(Frozen):
@@ -118,26 +51,6 @@ class TrainingMemory(Frozen):
     notes: tuple[str, ...] = ()
 
 
-class _Run(NamedTuple):
-    """Settings with every default resolved."""
-
-    settings: FinetuneSettings
-    trainer: Trainer
-    spec: ModelSpec
-    trains_all: bool
-    quantized: bool
-    adapter_itemsize: int
-    weight_itemsize: int
-    optimizer: Optimizer
-    loss: LossHead
-    kernels: Kernels
-    checkpointing: Checkpointing
-    autocast: bool
-    attention: AttentionKernel
-    hopper: bool
-
-
-_ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 _SOURCE_STATE = "torch optim/adamw.py (exp_avg, exp_avg_sq; foreach keeps one temporary of the parameters' size)"
 _SOURCE_TAPE = "byte tape of the reference layer (planner/memory/activations.py), held to a fake-tensor trace"
 
@@ -157,8 +70,8 @@ def training_memory(
     supports_flash_attention: without it the eager kernel's S x S scores are paid unless another kernel is asked for.
     Raises PlannerError when the run cannot exist, NotModelled when no formula here covers it.
     """
-    job = _resolve(spec, settings, supports_bf16, supports_flash_attention, compute_capability)
-    static = _static_bytes(job)
+    job = resolve(spec, settings, supports_bf16, supports_flash_attention, compute_capability)
+    static = static_bytes(job)
     tapes = _play(job)
     instants = _instants(job, static, tapes)
     peak = max(instants, key=lambda instant: instant.total_bytes)
@@ -174,230 +87,6 @@ def training_memory(
     )
 
 
-def _resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool, capability: str) -> _Run:
-    stack = trainer(settings.trainer)
-    trains_all = settings.method == "full"
-    quantized = settings.method in ("qlora", "qdora")
-    if settings.weights_dtype == "bf16" and not bf16 and trains_all:
-        raise PlannerError(
-            "this GPU has no bf16, and fp16 weights cannot be trained in full: keep fp32 masters"
-            " (--weights-dtype fp32), use LoRA, or take an Ampere or newer GPU"
-        )
-    if settings.parallelism == "none" and settings.n_gpus > 1:
-        raise PlannerError(f"{settings.n_gpus} GPUs need a --parallelism: ddp, zero1, zero2, zero3, fsdp or fsdp2")
-    if quantized and settings.parallelism in ("zero1", "zero2") and settings.offload & {"parameters"}:
-        raise PlannerError("parameters are offloaded only by zero3 or fsdp: choose one of them")
-    if settings.attention == "flash" and not flash:
-        raise PlannerError(
-            "this GPU has no FlashAttention 2: use --attention efficient (PyTorch's memory-efficient kernel) or eager"
-        )
-    attention: AttentionKernel = settings.attention or ("flash" if flash else "eager")
-    adapter = settings.adapter_dtype or (stack.adapter_on_quantized if quantized else "fp32")
-    checkpointing: Checkpointing = "none"
-    if settings.gradient_checkpointing:
-        default = "non_reentrant" if stack.checkpointing in ("none", "offloaded") else stack.checkpointing
-        checkpointing = settings.checkpointing or default  # type: ignore[assignment]
-    return _Run(
-        settings=settings,
-        trainer=stack,
-        spec=spec,
-        trains_all=trains_all,
-        quantized=quantized,
-        adapter_itemsize=_ITEMSIZE[adapter],
-        weight_itemsize=_ITEMSIZE[settings.weights_dtype],
-        optimizer=settings.optimizer or stack.optimizer,  # type: ignore[arg-type]
-        loss=settings.loss or stack.loss,
-        kernels=settings.kernels or Kernels(**stack.kernels),
-        checkpointing=checkpointing,
-        autocast=stack.autocast if settings.autocast is None else settings.autocast,
-        attention=attention,
-        hopper=capability.split(".")[0] in ("9", "10", "12"),
-    )
-
-
-# --- what does not depend on the tokens -------------------------------------------------------------------------------
-
-
-class _Static(NamedTuple):
-    """Bytes on one GPU that the instants share, and the gradients and temporaries that some of them add."""
-
-    trainable: int
-    weights: int
-    adapters: int
-    optimizer: int
-    gradients: int
-    step_scratch: int
-    gathered_root: int
-    gathered_layer: int
-    buckets: int
-    reference: int
-    workspace: int
-
-
-def _static_bytes(job: _Run) -> _Static:
-    spec, s = job.spec, job.settings
-    adapters = sum(n for _, n in _adapter_tensors(job))
-    embeddings = sum(t.parameters for t in spec.tensors if t.part in ("embedding", "lm_head"))
-    trained_base = spec.parameter_count if job.trains_all else embeddings if s.trained_embeddings else 0
-    base = base_weight_bytes(job)
-    # modules_to_save keeps the frozen original and trains a copy
-    copies = embeddings * job.weight_itemsize if s.trained_embeddings and not job.trains_all else 0
-    n = s.n_gpus
-    zero3 = s.parallelism in ("zero3", "fsdp", "fsdp2")
-    shard_weights = n if zero3 else 1
-    weights = -(-base // shard_weights) + -(-copies // shard_weights)
-    adapter_bytes = adapters * job.adapter_itemsize
-    trained: list[tuple[int, int]] = [(adapters, job.adapter_itemsize), (trained_base, job.weight_itemsize)]
-    optimizer = sum(optimizer_state_bytes(job.optimizer, count, itemsize) for count, itemsize in trained)
-    gradients = sum(count * itemsize for count, itemsize in trained)
-    scratch = sum(_step_scratch_bytes(job.optimizer, count, itemsize) for count, itemsize in trained)
-    if s.parallelism.startswith("zero"):
-        # DeepSpeed keeps 16-bit working weights, and fp32 masters and states of its own
-        count = adapters + trained_base
-        optimizer = 12 * count
-        gradients = 2 * count
-        scratch = 4 * count  # the fp32 copy of the partition's gradients
-        if job.trains_all:
-            weights = -(-2 * spec.parameter_count // shard_weights)
-    shard_state = n if zero3 or s.parallelism in ("zero1", "zero2") else 1
-    optimizer = -(-optimizer // shard_state)
-    scratch = -(-scratch // shard_state)
-    if zero3 or s.parallelism == "zero2":
-        gradients = -(-gradients // n)
-    adapter_bytes = -(-adapter_bytes // shard_weights)
-    buckets = 0
-    if s.parallelism == "ddp":  # gradient buckets beside the gradients
-        buckets = gradients
-    elif s.parallelism.startswith("zero"):  # two buckets (overlap_comm) of 16 bits, whatever there is to reduce
-        buckets = 2 * 2 * int(constant("deepspeed_bucket_elements")["value"])
-    if "optimizer" in s.offload:
-        optimizer = scratch = 0
-    if "parameters" in s.offload:  # and with them their gradients
-        weights = adapter_bytes = gradients = 0
-    if s.optimizer_in_backward:
-        largest = max((t.elements for t in spec.tensors), default=0)
-        gradients = scratch = 0
-        buckets += largest * job.weight_itemsize * (2 if job.optimizer == "adamw_torch" else 1)
-    root, layer = _gathered_bytes(job) if zero3 else (0, 0)
-    reference = 0
-    if s.task == "dpo" and job.trains_all:
-        reference = -(-spec.parameter_count * 2 // shard_weights)
-    workspace = constant("cublas_workspace_bytes")
-    return _Static(
-        trainable=adapters + trained_base,
-        weights=weights,
-        adapters=adapter_bytes,
-        optimizer=optimizer,
-        gradients=gradients,
-        step_scratch=scratch,
-        gathered_root=root,
-        gathered_layer=layer,
-        buckets=buckets,
-        reference=reference,
-        workspace=int(workspace["hopper" if job.hopper else "value"]) * int(workspace["handles"]),
-    )
-
-
-def _adapter_tensors(job: _Run) -> Iterable[tuple[Tensor, int]]:
-    """Each adapted matrix family with the adapter's parameters: rank * (in + out), and out magnitudes for DoRA."""
-    s = job.settings
-    if job.trains_all:
-        return
-    for tensor in lora_targets(job.spec, s.lora_targets):
-        magnitudes = tensor.shape[0] * tensor.count if s.method in ("dora", "qdora") else 0
-        yield tensor, adapter_parameters(job.spec, tensor, s.lora_rank) + magnitudes
-
-
-def base_weight_bytes(job: _Run) -> int:
-    """Bytes of the base model's weights, whole, before any sharding.
-
-    16-bit or fp32: parameters * itemsize. NF4: linear weights at half a byte, one absmax per 64 weights (fp32; with
-    double quantisation one byte and an fp32 per 256 of those); embeddings, head and norms keep 16 bits, or 32 where
-    prepare_model_for_kbit_training casts them. GPTQ: packed weights, fp16 scales, packed zeros and the group index.
-    Source: bitsandbytes functional.py quantize_4bit; AutoGPTQ qlinear_cuda.py; peft prepare_model_for_kbit_training.
-    """
-    total = 0
-    for tensor in job.spec.tensors:
-        if job.quantized and _is_quantized(job, tensor):
-            total += tensor.count * quantized_bytes(tensor.shape, job.settings.base_quantization)
-        elif job.quantized:
-            wide = job.settings.kbit_prepare and tensor.part not in ("vision",)
-            total += tensor.parameters * (4 if wide else 2)
-        else:
-            total += tensor.parameters * job.weight_itemsize
-    return total
-
-
-def _is_quantized(job: _Run, tensor: Tensor) -> bool:
-    if len(tensor.shape) < 2 or tensor.part in ("embedding", "lm_head"):
-        return False
-    if tensor.part == "expert":
-        return tensor.linear or job.trainer.experts_are_linear
-    if tensor.part == "router":
-        return job.trainer.experts_are_linear
-    return tensor.linear
-
-
-def quantized_bytes(shape: tuple[int, ...], scheme: BaseQuantization) -> int:
-    """Bytes of one quantised matrix (out, in): see base_weight_bytes."""
-    count = 1
-    for size in shape:
-        count *= size
-    if scheme in ("gptq4", "gptq8"):
-        bits = 4 if scheme == "gptq4" else 8
-        groups = -(-shape[-1] // 128) * (count // shape[-1])
-        return count * bits // 8 + groups * 2 + groups * bits // 8 + 4 * shape[-1]
-    if scheme == "int8":  # LLM.int8: one fp32 scale a row
-        return count + 4 * (count // shape[-1])
-    nf4 = constant("nf4")
-    absmax = -(-count // int(nf4["block"]))
-    if scheme == "nf4":
-        return -(-count // 2) + 4 * absmax + 64
-    return -(-count // 2) + absmax + 4 * -(-absmax // int(nf4["absmax_block"])) + 64 + 1024 + 4
-
-
-def optimizer_state_bytes(optimizer: Optimizer, parameters: int, itemsize: int) -> int:
-    """State of `parameters` trained parameters of `itemsize` bytes.
-
-    AdamW keeps two moments in the parameters' own width; 8-bit ones a byte each and one fp32 per 256; 4-bit half a
-    byte each and one fp32 per 128. Paged states live in managed memory that torch does not allocate: 0 here.
-    Source: torch optim/adamw.py, bitsandbytes optim/optimizer.py, torchao optim/subclass_4bit.py.
-    """
-    if optimizer in ("adamw_torch", "adamw_torch_fused"):
-        return 2 * itemsize * parameters
-    if optimizer == "adamw_8bit":
-        return 2 * parameters + 2 * 4 * -(-parameters // int(constant("bnb_blockwise_state")["block"]))
-    if optimizer == "adamw_4bit":
-        return parameters + 2 * 4 * -(-parameters // int(constant("torchao_4bit_state")["block"]))
-    if optimizer == "sgd_momentum":
-        return itemsize * parameters
-    return 0
-
-
-def _step_scratch_bytes(optimizer: Optimizer, parameters: int, itemsize: int) -> int:
-    """foreach AdamW takes the square roots of all second moments at once; fused kernels take nothing."""
-    return itemsize * parameters if optimizer == "adamw_torch" else 0
-
-
-def _gathered_bytes(job: _Run) -> tuple[int, int]:
-    """What a fully sharded run gathers at a time: (embeddings, head and final norm; one decoder layer), 16 bits."""
-    spec = job.spec
-    root = sum(2 * t.parameters for t in spec.tensors if t.part in ("embedding", "lm_head"))
-    per_layer = 0
-    for tensor in spec.tensors:
-        if tensor.part in ("embedding", "lm_head", "vision", "projector"):
-            continue
-        if job.quantized and _is_quantized(job, tensor):
-            size = tensor.count * quantized_bytes(tensor.shape, job.settings.base_quantization)
-        else:
-            size = 2 * tensor.parameters
-        per_layer += size
-    return root, per_layer // spec.num_layers
-
-
-# --- what the tokens cost ---------------------------------------------------------------------------------------------
-
-
 class _Layer(NamedTuple):
     many: int
     bytes: StepBytes
@@ -411,7 +100,7 @@ class _Tapes(NamedTuple):
     embedding_gradient: int
 
 
-def _play(job: _Run) -> _Tapes:
+def _play(job: Run) -> _Tapes:
     spec, s = job.spec, job.settings
     sequences = s.micro_batch * (2 if s.task == "dpo" else 1)
     tokens = sequences * s.seq_len
@@ -426,7 +115,7 @@ def _play(job: _Run) -> _Tapes:
         grad_itemsize=4 if job.weight_itemsize == 4 and not sharded_masters else 2,
         autocast=job.autocast,
         lora_rank=0 if job.trains_all else s.lora_rank,
-        lora_targets=frozenset(tensor.name for tensor, _ in _adapter_tensors(job)),
+        lora_targets=frozenset(tensor.name for tensor, _ in adapter_tensors(job)),
         lora_itemsize=4 if job.adapter_itemsize == 4 else 2,
         lora_dropout=s.lora_dropout > 0,
         dora=s.method in ("dora", "qdora"),
@@ -465,7 +154,7 @@ def _layer_kinds(spec: ModelSpec) -> list[tuple[LayerShape, int]]:
     return kinds
 
 
-def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
+def _instants(job: Run, static: Static, tapes: _Tapes) -> tuple[Instant, ...]:
     s = job.settings
     layers = sum(layer.many for layer in tapes.layers)
     base = {
@@ -569,7 +258,7 @@ def _instants(job: _Run, static: _Static, tapes: _Tapes) -> tuple[Instant, ...]:
     return tuple(result)
 
 
-def _grad_shards(job: _Run) -> int:
+def _grad_shards(job: Run) -> int:
     return job.settings.n_gpus if job.settings.parallelism in ("zero2", "zero3", "fsdp", "fsdp2") else 1
 
 
@@ -590,7 +279,7 @@ _FORMULAS: dict[str, tuple[str, str]] = {
 }
 
 
-def _estimate(job: _Run, peak: Instant, static: _Static) -> MemoryEstimate:
+def _estimate(job: Run, peak: Instant, static: Static) -> MemoryEstimate:
     s = job.settings
     inputs: dict[str, int | float | str] = {
         "model": job.spec.name,
@@ -633,14 +322,14 @@ def _estimate(job: _Run, peak: Instant, static: _Static) -> MemoryEstimate:
     return MemoryEstimate(components=tuple(components), peak_instant=peak.name, not_modelled=_not_modelled(job))
 
 
-def _not_modelled(job: _Run) -> tuple[str, ...]:
+def _not_modelled(job: Run) -> tuple[str, ...]:
     missing = ["torch.compile's fusions", "memory of data loading and of evaluation with generation"]
     if job.optimizer.startswith("paged"):
         missing.append("paged optimizer states, which live in managed memory and move to the GPU when there is room")
     return tuple(missing)
 
 
-def _notes(job: _Run) -> tuple[str, ...]:
+def _notes(job: Run) -> tuple[str, ...]:
     notes = []
     if job.attention == "eager":
         notes.append(

@@ -66,10 +66,16 @@ def test_a_uniform_stack_is_traced_at_four_and_five_layers() -> None:
 
 
 def test_a_stack_with_a_pattern_keeps_its_beginning_and_its_end() -> None:
-    gemma = (["s"] * 5 + ["f"]) * 4 + ["s", "s"]  # Gemma-3-1B: 26 layers, every sixth is global
-    assert trace._period(gemma) == (0, 6)
-    assert trace._depths(gemma) == [14, 20]  # both end in two sliding layers, as 26 does
-    assert trace._depths(["dense"] + ["moe"] * 26) == [5, 6]
+    next_generation = [
+        "linear",
+        "linear",
+        "linear",
+        "full",
+    ] * 12  # Qwen3-Next: every fourth layer has softmax attention
+    assert trace._period(next_generation) == (0, 4)
+    assert trace._depths(next_generation) == [8, 12]  # both end in a softmax layer, as 48 does
+    assert trace._depths(["dense"] + ["moe"] * 26) == [4, 5]
+    assert trace._depths(["a", "b"] * 13 + ["a"]) == [5, 7]
 
 
 def test_a_shallow_stack_is_traced_whole() -> None:
