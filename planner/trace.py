@@ -465,8 +465,8 @@ class _Step:
             raise NotModelled(
                 "torch's grouped matrix product of the experts takes bf16 weights only: leave base_dtype at bf16"
             )
-        # a window changes which scores are computed, not which tensors a layer makes; but every kind has to be there once,
-        # since each may have rotary tables of its own
+        # a window changes which scores are computed, not which tensors a layer makes; but every kind has to be there
+        # once, since each may have rotary tables of its own
         kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
         signatures = [
             (kind in _SOFTMAX or kind, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()))

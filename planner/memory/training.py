@@ -104,7 +104,7 @@ def _play(job: Run) -> _Tapes:
     spec, s = job.spec, job.settings
     sequences = s.micro_batch * (2 if s.task == "dpo" else 1)
     tokens = sequences * s.seq_len
-    fp32_stream = (job.trains_all and job.weight_itemsize == 4) or (s.kbit_prepare and not job.autocast)
+    fp32_stream = (job.trains_all and job.weight_itemsize == 4) or s.kbit_prepare
     sharded_masters = s.parallelism.startswith("fsdp")  # FSDP's mixed precision hands the layers 16-bit weights
     step = StepSettings(
         tokens=tokens,

@@ -27,11 +27,7 @@ FORESEEN_TO_FIT: dict[str, str] = {}
 """Runs that certainly ran out of memory and are predicted to fit, each with the reason"""
 
 REFUSALS = (
-    "cannot be told apart",
     "is not stated",
-    "is not modelled",
-    "not modelled:",
-    "are not modelled",
     "not modelled",
     "no peak memory was measured",
     "need a --parallelism",
