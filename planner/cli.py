@@ -6,7 +6,7 @@ Exit codes: 0 done, 1 does not fit or over budget, 2 usage or bad input, 3 a che
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,8 +24,17 @@ app = typer.Typer(
 validate_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Predictions against measurements.")
 app.add_typer(validate_app, name="validate")
 
-SERVE, TRAIN, OUT = "Serving (vLLM's own flags)", "Fine-tuning", "Output"
 Option = typer.Option
+
+
+def _serve(text: str, *names: str, **more: Any) -> Any:
+    """An option of serving, under vLLM's own name."""
+    return typer.Option(*names, help=f"Serving: {text}", **more)
+
+
+def _train(text: str, *names: str, **more: Any) -> Any:
+    """An option of fine-tuning."""
+    return typer.Option(*names, help=f"Fine-tuning: {text}", **more)
 
 
 def main() -> None:
@@ -67,70 +76,49 @@ def size(
         float | None, Option(help="Share of each GPU to leave free. [default: 0 serving, 0.05 fine-tuning]")
     ] = None,
     rope_scaling: Annotated[str | None, Option(help="Rope extension you will serve with, such as yarn:4.")] = None,
-    concurrency: Annotated[
-        int, Option(min=1, help="Sequences at the full context at once.", rich_help_panel=SERVE)
-    ] = 1,
+    concurrency: Annotated[int, _serve("sequences at the full context at once.", min=1)] = 1,
     quantization: Annotated[
-        str | None, Option("--quantization", "-q", help="Weights: fp8, awq, gptq, w4a16, ...", rich_help_panel=SERVE)
+        str | None, _serve("weights as fp8, awq, gptq, w4a16, bitsandbytes ...", "--quantization", "-q")
     ] = None,
-    kv_cache_dtype: Annotated[str, Option(help="auto or fp8.", rich_help_panel=SERVE)] = "auto",
-    gpu_memory_utilization: Annotated[float | None, Option(rich_help_panel=SERVE)] = None,
-    max_num_seqs: Annotated[int | None, Option(rich_help_panel=SERVE)] = None,
-    max_num_batched_tokens: Annotated[int | None, Option(rich_help_panel=SERVE)] = None,
-    block_size: Annotated[int, Option(rich_help_panel=SERVE)] = 16,
-    pipeline_parallel_size: Annotated[int, Option("--pp", "--pipeline-parallel-size", rich_help_panel=SERVE)] = 1,
-    enforce_eager: Annotated[bool, Option("--enforce-eager", rich_help_panel=SERVE)] = False,
-    enable_prefix_caching: Annotated[bool, Option(rich_help_panel=SERVE)] = True,
-    hybrid_kv_cache: Annotated[
-        bool, Option(help="Off: every layer keeps the whole context.", rich_help_panel=SERVE)
-    ] = True,
-    enable_lora: Annotated[bool, Option("--enable-lora", rich_help_panel=SERVE)] = False,
-    max_loras: Annotated[int, Option(rich_help_panel=SERVE)] = 1,
-    max_lora_rank: Annotated[int, Option(rich_help_panel=SERVE)] = 16,
-    draft_model: Annotated[
-        str | None, Option(help="Model that drafts tokens (speculative decoding).", rich_help_panel=SERVE)
+    kv_cache_dtype: Annotated[str, _serve("auto or fp8.")] = "auto",
+    gpu_memory_utilization: Annotated[
+        float | None, _serve("share of the GPU that vLLM takes. [default: its own]")
     ] = None,
-    num_speculative_tokens: Annotated[int, Option(rich_help_panel=SERVE)] = 0,
-    engine_version: Annotated[str | None, Option(help="vLLM version.", rich_help_panel=SERVE)] = None,
-    method: Annotated[str, Option(help="full, lora, qlora, dora, qdora.", rich_help_panel=TRAIN)] = "qlora",
-    trainer: Annotated[
-        str, Option(help="Whose defaults: trl, transformers, unsloth, torchtune ...", rich_help_panel=TRAIN)
-    ] = "trl",
-    micro_batch: Annotated[int, Option(help="Sequences a GPU takes at once.", rich_help_panel=TRAIN)] = 1,
-    gradient_accumulation_steps: Annotated[int, Option(rich_help_panel=TRAIN)] = 1,
-    lora_rank: Annotated[int, Option("--lora-rank", "--lora-r", rich_help_panel=TRAIN)] = 16,
-    lora_targets: Annotated[
-        str, Option(help="all-linear, attention, default, or module names with commas.", rich_help_panel=TRAIN)
-    ] = "all-linear",
-    adapter_dtype: Annotated[str | None, Option(help="bf16 or fp32.", rich_help_panel=TRAIN)] = None,
-    weights_dtype: Annotated[
-        str, Option(help="bf16, fp16 or fp32 (fp32 masters under autocast).", rich_help_panel=TRAIN)
-    ] = "bf16",
+    max_num_seqs: Annotated[int | None, _serve("sequences in one batch. [default: vLLM's for the card]")] = None,
+    max_num_batched_tokens: Annotated[int | None, _serve("tokens of a step. [default: vLLM's for the card]")] = None,
+    block_size: Annotated[int, _serve("tokens of a KV block.")] = 16,
+    pipeline_parallel_size: Annotated[int, _serve("pipeline stages.", "--pp", "--pipeline-parallel-size")] = 1,
+    enforce_eager: Annotated[bool, _serve("no CUDA graphs.", "--enforce-eager")] = False,
+    enable_prefix_caching: Annotated[bool, _serve("keep the KV of shared prefixes.")] = True,
+    hybrid_kv_cache: Annotated[bool, _serve("off: every layer keeps the whole context.")] = True,
+    enable_lora: Annotated[bool, _serve("slots for adapters.", "--enable-lora")] = False,
+    max_loras: Annotated[int, _serve("adapters in one batch.")] = 1,
+    max_lora_rank: Annotated[int, _serve("largest adapter rank.")] = 16,
+    draft_model: Annotated[str | None, _serve("model that drafts tokens (speculative decoding).")] = None,
+    num_speculative_tokens: Annotated[int, _serve("tokens drafted a step.")] = 0,
+    engine_version: Annotated[str | None, _serve("vLLM version, such as 0.19.0. [default: the catalog's]")] = None,
+    method: Annotated[str, _train("full, lora, qlora, dora or qdora.")] = "qlora",
+    trainer: Annotated[str, _train("whose defaults: trl, transformers, unsloth, torchtune, litgpt ...")] = "trl",
+    micro_batch: Annotated[int, _train("sequences a GPU takes at once.")] = 1,
+    gradient_accumulation_steps: Annotated[int, _train("above 1 the gradients stay alive.")] = 1,
+    lora_rank: Annotated[int, _train("rank of the adapter.", "--lora-rank", "--lora-r")] = 16,
+    lora_targets: Annotated[str, _train("all-linear, attention, default, or modules with commas.")] = "all-linear",
+    adapter_dtype: Annotated[str | None, _train("bf16 or fp32. [default: the trainer's]")] = None,
+    weights_dtype: Annotated[str, _train("bf16, fp16 or fp32 (fp32 masters under autocast).")] = "bf16",
     optimizer: Annotated[
-        str | None, Option(help="adamw_torch_fused, adamw_torch, adamw_8bit, sgd ...", rich_help_panel=TRAIN)
+        str | None, _train("adamw_torch_fused, adamw_torch, adamw_8bit, sgd ... [default: the trainer's]")
     ] = None,
-    loss: Annotated[str | None, Option(help="chunked, liger, hf, in_place ...", rich_help_panel=TRAIN)] = None,
-    gradient_checkpointing: Annotated[bool, Option(rich_help_panel=TRAIN)] = True,
-    attention: Annotated[str | None, Option(help="flash, efficient or eager.", rich_help_panel=TRAIN)] = None,
-    parallelism: Annotated[
-        str, Option(help="none, ddp, zero1, zero2, zero3, fsdp, fsdp2.", rich_help_panel=TRAIN)
-    ] = "none",
-    n_gpus: Annotated[int, Option(min=1, help="GPUs of the training run.", rich_help_panel=TRAIN)] = 1,
-    offload: Annotated[
-        str, Option(help="optimizer, parameters, activations; several with commas.", rich_help_panel=TRAIN)
-    ] = "",
-    dpo: Annotated[
-        bool, Option("--dpo", help="DPO: two sequences a sample and a reference.", rich_help_panel=TRAIN)
-    ] = False,
-    explain: Annotated[
-        bool, Option("--explain", help="Formula, inputs and source of every component.", rich_help_panel=OUT)
-    ] = False,
-    trace: Annotated[
-        bool,
-        Option("--trace", help="Run the training step on fake tensors too (extra: trace).", rich_help_panel=OUT),
-    ] = False,
-    as_json: Annotated[bool, Option("--json", help="JSON on stdout.", rich_help_panel=OUT)] = False,
-    as_csv: Annotated[bool, Option("--csv", help="CSV on stdout, one line a component.", rich_help_panel=OUT)] = False,
+    loss: Annotated[str | None, _train("chunked, liger, hf, in_place ... [default: the trainer's]")] = None,
+    gradient_checkpointing: Annotated[bool, _train("recompute the layers in the backward.")] = True,
+    attention: Annotated[str | None, _train("flash, efficient or eager. [default: what the card allows]")] = None,
+    parallelism: Annotated[str, _train("none, ddp, zero1, zero2, zero3, fsdp or fsdp2.")] = "none",
+    n_gpus: Annotated[int, _train("GPUs of the run.", min=1)] = 1,
+    offload: Annotated[str, _train("optimizer, parameters, activations; several with commas.")] = "",
+    dpo: Annotated[bool, _train("DPO: two sequences a sample and a reference model.", "--dpo")] = False,
+    explain: Annotated[bool, Option("--explain", help="Formula, inputs and source of every component.")] = False,
+    trace: Annotated[bool, Option("--trace", help="Run the training step on fake tensors too (extra: trace).")] = False,
+    as_json: Annotated[bool, Option("--json", help="JSON on stdout.")] = False,
+    as_csv: Annotated[bool, Option("--csv", help="CSV on stdout, one line a component.")] = False,
 ) -> None:
     """VRAM budget of a model at context lengths, and the smallest GPU or Azure size that fits."""
     from planner import report

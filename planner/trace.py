@@ -168,7 +168,7 @@ def trace_training(
         depth=depth,
         layers_traced=tuple(depths),
         seconds=round(time.perf_counter() - started, 2),
-        versions=_versions(),
+        versions=library_versions(),
     )
 
 
@@ -859,7 +859,8 @@ def _require(module: str) -> Any:
         ) from error
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries whose step is traced, those that are installed."""
     metadata = importlib.import_module("importlib.metadata")
     found = {}
     for name in ("torch", "transformers", "peft", "trl", "bitsandbytes"):

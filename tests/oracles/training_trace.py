@@ -14,14 +14,14 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from planner.errors import PlannerError
-from planner.trace import COMPONENTS, trace_training
+from planner.trace import COMPONENTS, library_versions, trace_training
 
 HERE = Path(__file__).parent
 CATALOG = HERE.parents[1] / "planner" / "catalog" / "models.json"
@@ -130,8 +130,12 @@ def trace_row(model: str, config: dict[str, Any], setting: dict[str, Any]) -> di
         "end_of_forward_logits": trace.end_of_forward.logits,
         **{f"{moment}_bytes": trace.instants[moment].total for moment in MOMENTS if moment in trace.instants},
         "layers_traced": "+".join(map(str, trace.layers_traced)),
-        "versions": " ".join(f"{name} {version}" for name, version in trace.versions.items()),
+        "versions": versions(),
     }
+
+
+def versions() -> str:
+    return " ".join(f"{name} {version}" for name, version in library_versions().items())
 
 
 def key(model: str, setting: dict[str, Any]) -> dict[str, str]:
@@ -141,36 +145,52 @@ def key(model: str, setting: dict[str, Any]) -> dict[str, str]:
     return {"model": model, **{name: str(shown[name]) for name in DEFAULTS}}
 
 
+def identify(row: dict[str, str]) -> tuple[str, ...]:
+    """What a row is about: its model and every setting."""
+    return tuple(row[name] for name in ("model", *DEFAULTS))
+
+
+def read(path: Path, versions: str) -> dict[tuple[str, ...], dict[str, Any]]:
+    """The rows of a table that were traced with these versions."""
+    if not path.exists():
+        return {}
+    with path.open(newline="") as table:
+        return {identify(row): row for row in csv.DictReader(table) if row["versions"] == versions}
+
+
+def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as table:
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "training_trace.csv")
-    parser.add_argument("--only", help="trace the rows of this model alone")
+    parser.add_argument("--only", help="trace the missing rows of this model alone")
     options = parser.parse_args()
     configs = {entry["name"]: entry["config"] for entry in json.loads(CATALOG.read_text())["models"]}
-    done: set[tuple[str, ...]] = set()
-    if options.out.exists():
-        with options.out.open(newline="") as table:
-            done = {tuple(row[name] for name in ("model", *DEFAULTS)) for row in csv.DictReader(table)}
+    wanted = {identify(key(model, {**DEFAULTS, **change})): (model, change) for model, change in settings()}
+    rows = {identity: row for identity, row in read(options.out, versions()).items() if identity in wanted}
+    write(options.out, rows.values())
     failures = 0
-    with options.out.open("a", newline="") as table:
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        if not done:
-            writer.writeheader()
-        for model, change in settings():
-            setting = {**DEFAULTS, **change}
-            identity = tuple(key(model, setting).values())
-            if identity in done or (options.only and options.only != model):
-                continue
-            done.add(identity)
-            try:
-                row = trace_row(model, configs[model], setting)
-            except PlannerError as error:
-                failures += 1
-                print(f"{model} {change}: {error}", file=sys.stderr)
-                continue
-            writer.writerow(row)
-            table.flush()
-            print(f"{model:18s} {row['peak_bytes']:>15,} {row['peak_instant']:14s} {row['seconds']:6} s  {change}")
+    for identity, (model, change) in wanted.items():
+        if identity in rows or (options.only and options.only != model):
+            continue
+        try:
+            row = trace_row(model, configs[model], {**DEFAULTS, **change})
+        except PlannerError as error:
+            failures += 1
+            print(f"{model} {change}: {error}", file=sys.stderr)
+            continue
+        rows[identity] = row
+        with options.out.open("a", newline="") as table:  # at once: a trace of hundreds of rows may be interrupted
+            csv.DictWriter(table, COLUMNS, lineterminator="\n").writerow(row)
+        print(
+            f"{model:18s} {row['peak_bytes']:>15,} {row['peak_instant']:14s} {row['seconds']:6} s  {change}", flush=True
+        )
+    write(options.out, (rows[identity] for identity in wanted if identity in rows))
     return 1 if failures else 0
 
 

@@ -102,12 +102,19 @@ def jobs(experts: bool, packed: bool, listed: bool) -> list[tuple[int, str, str]
     return plain + [(1, "auto", name) for name in FORMATS if experts or name != "mxfp4"] + [(4, "auto", "fp8-block")]
 
 
+TIED = {"gemma3": True}  # what the configuration class assumes where config.json is silent
+
+
 def text_config(config: dict[str, object]) -> dict[str, object]:
     """The text part of a multimodal config, as a causal language model of its own."""
     inner = config.get("text_config")
     if not isinstance(inner, dict):
         return dict(config)
-    text = {**inner, "torch_dtype": config.get("torch_dtype", "bfloat16")}
+    text = {
+        "tie_word_embeddings": config.get("tie_word_embeddings", TIED.get(str(config["model_type"]), False)),
+        **inner,
+    }
+    text.setdefault("torch_dtype", config.get("torch_dtype", "bfloat16"))
     if "quantization_config" in config:
         text["quantization_config"] = config["quantization_config"]
     return text
