@@ -8,6 +8,9 @@ SHELL := bash
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 PYTEST_ARGS ?=
+MODEL ?= qwen3-8b
+CTX ?= 32768
+ARGS ?=
 
 # A uv of one's own, else a private one in .tools/.
 UV := $(shell command -v uv 2>/dev/null || echo .tools/bin/uv)
@@ -27,10 +30,13 @@ ORACLES := $(sort $(wildcard tests/oracles/*.py))
 DOC_SCRIPTS := $(sort $(wildcard scripts/docs*.py))
 CHECKED := $(wildcard planner infra workloads tests benchmarks scripts)
 
-.PHONY: help setup check lint types unit format test live e2e bench oracles docs clean .live-env .python
+.PHONY: help size golden setup check lint types unit format test live e2e bench oracles docs clean .live-env .python
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+size: | $(UV) .python  ## answer a question from nothing: make size MODEL=qwen3-8b CTX=8k,32k ARGS="--task serve"
+	@$(UV) run --quiet --frozen --isolated --no-default-groups --python "$$(command -v $(PYTHON))" planner size --model $(MODEL) --ctx $(CTX) $(ARGS)
 
 setup: .venv/.synced  ## make .venv with everything but the heavy frameworks
 
@@ -75,6 +81,9 @@ oracles: .live-env  ## rebuild the tables of tests/oracles from torch, transform
 docs: .venv/.synced  ## rebuild the generated pages of docs/
 	@test -n "$(DOC_SCRIPTS)" || echo "make docs: no page is generated yet, so nothing was rebuilt"
 	@for script in $(DOC_SCRIPTS); do echo "== $$script"; PYTHONPATH=. $(VENV)/python $$script; done
+
+golden: .venv/.synced  ## rebuild the outputs that tests compare with (tests/golden)
+	PYTHONPATH=. $(VENV)/python scripts/golden.py
 
 clean:  ## remove what the other commands made in the clone
 	rm -rf .venv .tools .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

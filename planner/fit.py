@@ -8,11 +8,10 @@ from typing import Any, Literal
 from planner.catalog.engines import constant, quantization_formats
 from planner.catalog.hardware import Gpu, VmSku, gpu_of, skus, tensor_parallel_options
 from planner.errors import PlannerError
-from planner.memory.estimate import MemoryEstimate
 from planner.memory.serving import ServingMemory, ServingSettings, serving_memory
 from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
 from planner.model import Frozen, ModelSpec
-from planner.units import GIB, format_gib, format_tokens
+from planner.units import format_gib, format_tokens
 
 Task = Literal["serve", "finetune"]
 Settings = ServingSettings | FinetuneSettings
@@ -405,6 +404,11 @@ _SERVING_CHANGES: tuple[Change, ...] = (
         "--max-num-batched-tokens 2048 --max-num-seqs 64",
         lambda s: s.model_copy(update={"max_num_batched_tokens": 2048, "max_num_seqs": 64}),
     ),
+    (
+        "more of the GPU for vLLM",
+        "--gpu-memory-utilization 0.95",
+        lambda s: s.model_copy(update={"gpu_memory_utilization": 0.95}),
+    ),
     ("one sequence at a time", "--concurrency 1", lambda s: s.model_copy(update={"concurrency": 1})),
 )
 _FINETUNE_CHANGES: tuple[Change, ...] = (
@@ -489,11 +493,20 @@ def misfit_sentence(spec: ModelSpec, misfit: Misfit, tokens: int) -> str:
     """One sentence: what is too big, by how much, where."""
     if misfit.reason:
         return misfit.reason
-    part = misfit.component.replace("_", " ")
-    memory: MemoryEstimate = misfit.memory.estimate  # type: ignore[union-attr]
-    size = memory.component(misfit.component).expected_bytes
+    where = f"{spec.name} at {format_tokens(tokens)} tokens does not fit on {misfit.place.label}"
+    memory = misfit.memory
+    if isinstance(memory, ServingMemory):
+        share = f"{memory.gpu_memory_utilization:g} of the GPU"
+        budget = f"the {format_gib(memory.budget_bytes)} that vLLM may use ({share})"
+        wanted = memory.estimate.component("KV cache").expected_bytes
+        if memory.kv_bytes <= 0:
+            taken = memory.budget_bytes - memory.kv_bytes
+            return f"{where}: weights and activations alone take {format_gib(taken)} of {budget}"
+        return f"{where}: {budget} leaves {format_gib(memory.kv_bytes)} for a KV cache of {format_gib(wanted)}"
+    assert memory is not None
+    size = memory.estimate.component(misfit.component).expected_bytes
     return (
-        f"{spec.name} at {format_tokens(tokens)} tokens does not fit on {misfit.place.label}: it needs"
-        f" {format_gib(misfit.missing_bytes)} more than the {format_gib(misfit.usable_bytes)} there are a GPU,"
-        f" and its largest part is the {part} ({size / GIB:.1f} GiB)"
+        f"{where}: it needs {format_gib(misfit.needed_bytes)} of {format_gib(misfit.usable_bytes)} a GPU and some to"
+        f" spare, {format_gib(misfit.missing_bytes)} too much; the largest part is {misfit.component}"
+        f" ({format_gib(size)})"
     )

@@ -174,7 +174,7 @@ def _reasons(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> li
     lines: list[str] = []
     steps = answer.serving_ladder if task == "serve" else answer.finetune_ladder
     if steps:
-        lines.append("Where the size changes: " + ladder_text(steps))
+        lines += ladder_lines(steps)
     largest = rows[-1]
     if task == "serve" and largest.kv_per_sequence is not None:
         kv = largest.kv_per_sequence
@@ -185,31 +185,34 @@ def _reasons(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> li
                 " cache manager off (windowed layers forget)"
             )
     if largest.loss_heads:
-        lines.append(_loss_line(largest))
+        lines += _loss_lines(largest)
     for row in rows:
         if row.link:
             lines.append(f"{row.place}: {row.link}")
         if not row.fits:
-            lines.append(f"[red]{row.reason}.[/red]")
-            lines += [f"  would fit: {r.change} ({r.flags}): {format_gib(r.needed_bytes)}" for r in row.remedies]
+            lines.append(f"[red]{row.reason}.[/red]" + (" What would fit:" if row.remedies else ""))
+            lines += [f"  {format_gib(r.needed_bytes):>9} with {r.change}: {r.flags}" for r in row.remedies]
     return list(dict.fromkeys(lines))
 
 
-def _loss_line(row: ContextAnswer) -> str:
+def _loss_lines(row: ContextAnswer) -> list[str]:
     names = {
-        "chunked": "chunked (TRL)",
+        "chunked": "chunked, as TRL does today",
         "liger": "Liger",
-        "hf": "plain transformers 5",
-        "hf_outputs": "Trainers of 2023",
+        "hf": "plain loss of transformers 5",
+        "hf_outputs": "plain loss in Trainers of 2023",
     }
-    parts = ", ".join(f"{names[peak.loss]} {format_gib(peak.allocated_bytes)}" for peak in row.loss_heads)
-    return f"The loss head decides at {format_tokens(row.context)} (peak allocated): {parts}"
+    width = max(len(format_gib(peak.allocated_bytes)) for peak in row.loss_heads)
+    lines = [f"What the loss head decides at {format_tokens(row.context)} tokens (torch's peak):"]
+    return lines + [f"  {format_gib(peak.allocated_bytes):>{width}}  {names[peak.loss]}" for peak in row.loss_heads]
 
 
-def ladder_text(steps: Sequence[Step]) -> str:
-    """`NV36ads_A10_v5 up to 26,848 tokens, then NC24ads_A100_v4 up to 40,960`."""
-    parts = [f"{step.place} up to {step.to_tokens:,}" for step in steps]
-    return ", then ".join(parts) + " tokens"
+def ladder_lines(steps: Sequence[Step]) -> list[str]:
+    """Which size is the smallest up to which context, one a line."""
+    width = max(len(f"{step.to_tokens:,}") for step in steps)
+    return ["Smallest Azure size by context:"] + [
+        f"  up to {step.to_tokens:>{width},} tokens  {step.place}" for step in steps
+    ]
 
 
 def _next_step(answer: SizeAnswer) -> str:

@@ -84,6 +84,7 @@ class ContextAnswer(Frozen):
     kv_per_sequence: KvPerSequence | None = None
     kv_tokens: int | None = None
     sequences_at_context: int | None = None
+    prefix_cache_bytes: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float | None = None
@@ -341,6 +342,7 @@ def _context_answer(
             "kv_per_sequence": memory.kv_for_one_sequence,
             "kv_tokens": memory.kv_tokens,
             "sequences_at_context": memory.sequences_at_context,
+            "prefix_cache_bytes": memory.prefix_cache_bytes,
             "max_num_seqs": memory.max_num_seqs,
             "max_num_batched_tokens": memory.max_num_batched_tokens,
             "gpu_memory_utilization": memory.gpu_memory_utilization,

@@ -103,6 +103,12 @@ def jobs(experts: bool, packed: bool, listed: bool) -> list[tuple[int, str, str]
 
 
 TIED = {"gemma3": True}  # what the configuration class assumes where config.json is silent
+DECODERS = {
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "mistral": "MistralForCausalLM",
+}
 
 
 def text_config(config: dict[str, object]) -> dict[str, object]:
@@ -114,6 +120,8 @@ def text_config(config: dict[str, object]) -> dict[str, object]:
         "tie_word_embeddings": config.get("tie_word_embeddings", TIED.get(str(config["model_type"]), False)),
         **inner,
     }
+    if text.get("model_type") in DECODERS:
+        text.setdefault("architectures", [DECODERS[text["model_type"]]])
     text.setdefault("torch_dtype", config.get("torch_dtype", "bfloat16"))
     if "quantization_config" in config:
         text["quantization_config"] = config["quantization_config"]
