@@ -169,16 +169,16 @@ def needed_bytes(memory: ServingMemory | TrainingMemory) -> int:
     return memory.estimate.expected_bytes
 
 
-def is_enough(memory: ServingMemory | TrainingMemory, usable_bytes: int, headroom: float) -> bool:
-    """Whether the GPU holds it with that share of its memory left over.
+def slack_bytes(memory: ServingMemory | TrainingMemory, usable_bytes: int, headroom: float) -> int:
+    """What is left of one GPU once that share of it is kept free; negative when it does not fit.
 
-    Serving fits when vLLM's pool holds the wanted sequences, for vLLM will not start otherwise.
+    Serving: KV cache that vLLM finds - the KV cache of the wanted sequences. Fine-tuning: usable - expected peak, with
+    allocator slack and CUDA context.
     """
     spare = round(usable_bytes * headroom)
     if isinstance(memory, ServingMemory):
-        pool = memory.kv_bytes - spare
-        return memory.fits and pool >= memory.kv_for_one_sequence.reserved_bytes
-    return needed_bytes(memory) + spare <= usable_bytes
+        return memory.kv_bytes - spare - memory.estimate.component("KV cache").expected_bytes
+    return usable_bytes - spare - needed_bytes(memory)
 
 
 def try_place(
@@ -200,7 +200,8 @@ def try_place(
         )
     longest = largest_context(spec, settings, card, memory, headroom=headroom) if search_context else 0
     needed = needed_bytes(memory)
-    if is_enough(memory, card.usable_bytes, headroom):
+    slack = slack_bytes(memory, card.usable_bytes, headroom)
+    if slack >= 0:
         return Fit(
             place=place,
             settings=settings,
@@ -214,18 +215,10 @@ def try_place(
         component=limiting_component(memory),
         needed_bytes=needed,
         usable_bytes=card.usable_bytes,
-        missing_bytes=_missing(memory, card.usable_bytes, headroom),
+        missing_bytes=-slack,
         largest_context=longest,
         memory=memory,
     )
-
-
-def _missing(memory: ServingMemory | TrainingMemory, usable_bytes: int, headroom: float) -> int:
-    spare = round(usable_bytes * headroom)
-    if isinstance(memory, ServingMemory):
-        wanted = memory.estimate.component("KV cache").expected_bytes
-        return max(1, max(wanted, memory.kv_for_one_sequence.reserved_bytes) + spare - memory.kv_bytes)
-    return max(1, needed_bytes(memory) + spare - usable_bytes)
 
 
 def limiting_component(memory: ServingMemory | TrainingMemory) -> str:
@@ -254,26 +247,48 @@ def largest_context(
 ) -> int:
     """The longest context, in tokens up to the model's own, at which the workload still fits on that GPU; 0 for none.
 
-    Fine-tuning and several sequences are bisected, for memory grows with the context (a property test holds it).
+    Searched, for memory grows with the context (a property test holds it).
     """
     plain = isinstance(settings, ServingSettings) and settings.concurrency == 1 and not headroom
     if plain and isinstance(memory, ServingMemory):
         return memory.max_context
     limit = max(spec.max_context, context_of(settings))
 
-    def fits(tokens: int) -> bool:
+    def slack(tokens: int) -> int:
         try:
             there = demand(spec, with_context(settings, tokens), card)
         except PlannerError:
-            return False
-        return is_enough(there, card.usable_bytes, headroom)
+            return -1
+        return slack_bytes(there, card.usable_bytes, headroom)
 
-    if fits(limit):
-        return limit
-    low, high = 0, limit
+    return _last_that_fits(slack, limit)
+
+
+def _last_that_fits(slack: Callable[[int], int], limit: int) -> int:
+    """The largest n in 0 .. limit with slack(n) >= 0, for a slack that falls with n; 0 when there is none.
+
+    Memory is nearly linear in the context, so every other probe interpolates, and the rest halve the bracket.
+    """
+    low, high = 1, limit
+    low_slack = slack(low)
+    if low_slack < 0:
+        return 0
+    high_slack = slack(high)
+    if high_slack >= 0:
+        return high
+    interpolate = True
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        if interpolate:
+            middle = low + (high - low) * low_slack // (low_slack - high_slack)
+            middle = min(max(middle, low + 1), high - 1)
+        found = slack(middle)
+        # a probe that moved the bracket by less than half is followed by one that halves it
+        interpolate = not interpolate or (high - middle if found >= 0 else middle - low) * 2 < high - low
+        if found >= 0:
+            low, low_slack = middle, found
+        else:
+            high, high_slack = middle, found
     return low
 
 
@@ -367,25 +382,33 @@ def ladder(
     for size in candidates():
         if reached >= limit:
             break
-        best: Fit | None = None
-        options: Sequence[int] = (gpus,) if gpus else tensor_parallel_options(size)
-        for count in options:
-            if count > (size.gpu_count or 0):
-                continue
-            place = Place(gpu=gpu_of(size), sku=size, gpus=count, available=size.gpu_count or 0)
-            chosen = with_gpus(settings, count)
-            probe = try_place(
-                spec, with_context(chosen, min(limit, reached + 1)), place, headroom=headroom, search_context=False
-            )
-            if not isinstance(probe, Fit):
-                continue
-            longest = largest_context(spec, with_context(chosen, limit), place.gpu, headroom=headroom)
-            best = probe.model_copy(update={"largest_context": min(longest, limit)})
-            steps.append(Step(place=place.label, from_tokens=reached + 1, to_tokens=best.largest_context))
-            reached = best.largest_context
-            if reached >= limit:
+        card, available = gpu_of(size), size.gpu_count or 0
+        options = [count for count in ((gpus,) if gpus else tensor_parallel_options(size)) if count <= available]
+        for count in reversed(options):  # the most GPUs reach furthest; some models cannot be split so far
+            longest = _reach(spec, with_gpus(settings, count), card, reached + 1, limit, headroom)
+            if longest:
+                fewest = next(
+                    n for n in options if _reach(spec, with_gpus(settings, n), card, longest, longest, headroom)
+                )
+                place = Place(gpu=card, sku=size, gpus=fewest, available=available)
+                steps.append(Step(place=place.label, from_tokens=reached + 1, to_tokens=longest))
+                reached = longest
                 break
     return tuple(steps)
+
+
+def _reach(spec: ModelSpec, settings: Settings, card: Gpu, at_least: int, limit: int, headroom: float) -> int:
+    """The longest context up to `limit` that fits on the card, 0 when not even `at_least` does."""
+
+    def slack(tokens: int) -> int:
+        try:
+            memory = demand(spec, with_context(settings, at_least + tokens - 1), card)
+        except PlannerError:
+            return -1
+        return slack_bytes(memory, card.usable_bytes, headroom)
+
+    found = _last_that_fits(slack, limit - at_least + 1)
+    return at_least + found - 1 if found else 0
 
 
 Change = tuple[str, str, Callable[[Any], Any]]

@@ -29,7 +29,7 @@ key/value rows that are replicated once tp > kv_heads (kv), or nothing: every ra
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class Tensor(Frozen):

@@ -230,22 +230,26 @@ def _next_step(answer: SizeAnswer) -> str:
 
 def print_explanation(console: Console, row: ContextAnswer) -> None:
     """Formula, inputs and source behind each component of one answer."""
+    from rich.markup import escape
+    from rich.padding import Padding
+
     console.print()
     verb = "Serving" if row.task == "serve" else "Fine-tuning"
     if row.estimate is None:
         console.print(f"{verb} at {format_tokens(row.context)}: {row.reason}", highlight=False)
         return
-    table = _table(
-        f"{verb} at {format_tokens(row.context)} on {row.place}: {row.estimate.peak_instant}",
-        [("component", "left"), ("GiB", "right"), ("formula", "left"), ("inputs", "left"), ("source", "left")],
-    )
+    place = f"{verb} at {format_tokens(row.context)} on {row.place}"
+    console.print(f"[bold]{place}: {format_gib(row.needed_bytes)}[/bold], {row.estimate.peak_instant}", highlight=False)
     for part in row.estimate.components:
         spread = ""
         if part.low_bytes != part.high_bytes:
-            spread = f"\n{_gib(part.low_bytes)}-{_gib(part.high_bytes)}"
+            spread = f" ({_gib(part.low_bytes)} to {_gib(part.high_bytes)})"
+        console.print(f"\n[bold]{part.name}[/bold]  {format_gib(part.expected_bytes)}{spread}", highlight=False)
         inputs = ", ".join(f"{key}={_plain(value)}" for key, value in part.inputs.items())
-        table.add_row(part.name, _gib(part.expected_bytes) + spread, part.formula, inputs, part.source)
-    console.print(table)
+        for label, text in (("formula", part.formula), ("inputs", inputs), ("source", part.source)):
+            if text:
+                console.print(Padding(f"{label}: {escape(text)}", (0, 0, 0, 2)), highlight=False)
+    console.print()
     if row.instants:
         ordered = sorted(row.instants.items(), key=lambda item: -item[1])
         console.print("Instants: " + ", ".join(f"{name} {format_gib(size)}" for name, size in ordered), highlight=False)

@@ -461,9 +461,11 @@ class _Step:
         """Layers of the model, and the depths at which to trace it."""
         model = self._meta_model()
         layers = _layers(model)
-        if self.base_dtype == "fp32" and any(p.dim() > 2 for layer in layers for p in layer.parameters()):
+        wide = self.base_dtype == "fp32" or self.kbit_prepare
+        if wide and any(p.dim() > 2 and p.shape[0] > 1 for layer in layers for p in layer.parameters()):
             raise NotModelled(
-                "torch's grouped matrix product of the experts takes bf16 weights only: leave base_dtype at bf16"
+                "torch's grouped matrix product of the experts takes bf16 weights only: "
+                "leave base_dtype at bf16 and kbit_prepare off"
             )
         # a window changes which scores are computed, not which tensors a layer makes; but every kind has to be there
         # once, since each may have rotary tables of its own
@@ -477,8 +479,17 @@ class _Step:
 
     def run(self, depth: int) -> _Run:
         """Trace the step at this depth; the optimizer already holds its state, as it does from the second step on."""
+        fake = _require("torch._subclasses.fake_tensor")
+        try:
+            return self._run(depth, fake.FakeTensorMode(allow_non_fake_inputs=True))
+        except (fake.DataDependentOutputException, fake.DynamicOutputShapeException) as error:
+            raise NotModelled(
+                f"a shape in {self.config.get('model_type')} depends on the data ({error}), which a trace without data "
+                "cannot follow: use the closed-form estimate (leave out --trace)"
+            ) from error
+
+    def _run(self, depth: int, fake_mode: Any) -> _Run:
         torch = self.torch
-        fake_mode = _require("torch._subclasses.fake_tensor").FakeTensorMode(allow_non_fake_inputs=True)
         with _as_on_cuda(torch, self.micro_batch, self.seq_len):
             model = self._prepare(self._meta_model(depth))
             with fake_mode:
