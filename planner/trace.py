@@ -8,7 +8,8 @@ What differs between this host's CPU kernels and CUDA is put right here: flash a
 with the workspaces of its backward, Triton loss kernels that work in place, TRL's gather of the labelled positions,
 bitsandbytes' dequantised weights, foreach optimizers, sums in fp32 under autocast, and the rounding of the caching
 allocator. Not counted: the CUDA context, cuBLAS workspaces (8 to 32 MiB a handle), fragmentation, and blocks that the
-allocator does not split (up to 1 MiB each). Vision towers stay out: the text model alone is traced.
+allocator does not split (up to 1 MiB each). Vision towers stay out: the text model alone is traced. Linear-attention
+layers are traced in their PyTorch form, not with the kernels of the fla package.
 """
 
 from __future__ import annotations
@@ -553,6 +554,11 @@ class _Step:
             with self.torch.device("meta"), _require("transformers.initialization").no_init_weights():
                 model = causal[known[model_type]](built)
             model.tie_weights()  # left out together with the initialisation
+        except KeyError as error:  # an old model with attention classes of its own, by name
+            raise NotModelled(
+                f"{model_type} does not take attention {self.attention} from transformers' registry: "
+                "use attention eager, or the closed-form estimate (leave out --trace)"
+            ) from error
         finally:
             self.torch.set_default_dtype(previous)
         if depth is not None:
@@ -791,6 +797,8 @@ def _register_attention(torch: Any) -> None:
 
     def flash(_module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **_: Any) -> Any:
         refuse_mask(mask)
+        if value.shape[-1] != query.shape[-1]:
+            raise NotModelled("flash attention needs values as wide as the queries, these are not: use attention eager")
         query, key, value = in_autocast(query, key, value)
         attend = torch.ops.aten._scaled_dot_product_flash_attention
         return attend(query, key, value, 0.0, True, False, scale=scaling)[0].transpose(1, 2), None

@@ -412,6 +412,7 @@ def _kernels(row: Mapping[str, str], stack: str) -> Kernels | None:
         norm=fused,
         rope=fused,
         expert_loop=True,
+        widens_adapter_input=True,
         keeps_logits="liger" not in row["source"] and not _keeps_16_bit_logits(row),
         logit_copies=1 if own_loss else 0,
         upcasts_logits=not _keeps_16_bit_logits(row),

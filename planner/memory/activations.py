@@ -22,6 +22,7 @@ class Kernels(Frozen):
     lora: Unsloth-style MLP and attention whose backward recomputes and writes in place
     repeat_kv: key and value are expanded to all heads before attention (older transformers)
     expert_loop: routed experts run one after another (transformers 4), not in one grouped product
+    widens_adapter_input: an adapter on a 4-bit base takes its input in its own width, under autocast too
     logit_copies: further copies of the logits that stay alive; upcasts_logits: the loss works in fp32
     keeps_logits: the 16-bit logits stay alive while the loss works on an fp32 copy (transformers 4.46 and later)
     """
@@ -33,6 +34,7 @@ class Kernels(Frozen):
     repeat_kv: bool = False
     expert_loop: bool = False
     keeps_logits: bool = False
+    widens_adapter_input: bool = False
     logit_copies: int = 0
     upcasts_logits: bool = True
 
@@ -73,7 +75,8 @@ class StepSettings(Frozen):
     tokens: micro_batch * seq_len; trains_weights: full fine-tuning
     residual_itemsize: bytes an element of the residual stream (4 under fp32 weights or fp32-cast embeddings)
     weight_itemsize, grad_itemsize: of a trained weight; autocast: linear layers run in 16 bits whatever comes in
-    lora_targets: names of the weights that carry an adapter; quantized: base weights are dequantised for each product
+    head_itemsize: bytes an element of the output head (4 where k-bit preparation casts it)
+    lora_targets: names of the weights that carry an adapter; lora_experts: routed experts do; quantized: base weights are dequantised for each product
     """
 
     tokens: int
@@ -86,12 +89,14 @@ class StepSettings(Frozen):
     lora_rank: int = 0
     lora_targets: frozenset[str] = frozenset()
     lora_itemsize: Literal[2, 4] = 4
+    lora_experts: bool = False
     lora_dropout: bool = False
     dora: bool = False
     quantized: bool = False
     attention: AttentionKernel = "flash"
     kernels: Kernels = Kernels()
     trains_head: bool = False
+    head_itemsize: Literal[2, 4] = 2
 
 
 _ATTENTION_ROLES = {

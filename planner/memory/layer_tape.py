@@ -46,10 +46,11 @@ class Player:
             y = tape.new(x.elements, x.itemsize)
             return tape.record(y, [x], [x])
         wide, fresh = self.cast(x, 4)
-        # x.pow(2).mean(): the square is a temporary forward; backward makes grad * 2x
+        # x.pow(2).mean(): the square is a temporary forward; backward expands the mean's gradient and makes
+        # grad * (2 * x.pow(1)), each step a tensor of its own until the expression ends
         tape.scratch(4 * x.elements)
         mean = tape.new(max(1, x.elements // max(1, self.shape.hidden)), 4)
-        tape.record(mean, [wide], [wide], scratch_bytes=4 * x.elements)
+        tape.record(mean, [wide], [wide], scratch_bytes=3 * 4 * x.elements)
         normed = tape.new(x.elements, 4)
         tape.record(normed, [wide, mean], [wide, mean], scratch_bytes=4 * x.elements)
         tape.drop(mean)
@@ -80,26 +81,40 @@ class Player:
         trained = step.trains_weights if trained is None else trained
         lora = self.shape.modules.get(name) in step.lora_targets
         weights = n_in * n_out
-        source, fresh = self.cast(x, 2) if (step.autocast or step.quantized) else (x, False)
-        out_itemsize = 2 if step.autocast or step.quantized or not trained else max(x.itemsize, step.weight_itemsize)
-        y = tape.new(rows * n_out, out_itemsize)
+        quantized = step.quantized and name != "lm_head" and not name.startswith("experts.")
+        source, fresh = self.cast(x, 2) if (step.autocast or quantized) else (x, False)
+        width = step.head_itemsize if name == "lm_head" else step.weight_itemsize
+        y = tape.new(rows * n_out, 2 if step.autocast or quantized else max(x.itemsize, width if trained else 2))
         scratch = 0
-        if step.quantized and name != "lm_head":  # the whole weight in 16 bits, and its scales
+        if quantized:  # the whole weight in 16 bits, and its scales
             scratch = 2 * weights
             if rows > int(constant("bnb_fused_rows")["value"]):
                 tape.scratch(2 * weights + weights // 8)
         saved = [source] if trained else []
         copy = None
-        if trained and step.autocast and step.weight_itemsize == 4:
-            scratch += 2 * weights  # the 16-bit gradient before it is cast to the master's width
-            copy = tape.cast_weight(weights)
+        if step.autocast and width == 4 and not quantized:
+            # the product saves a 16-bit copy of the weight; autocast caches it only where the weight is trained
+            copy = tape.cast_weight(weights) if trained else tape.new(weights, 2, needs_grad=False)
+            scratch += 2 * weights if trained else 0  # the 16-bit gradient before it is cast to the master's width
             saved.append(copy)
-        kept = weights * step.grad_itemsize if trained else 0
+        routed = self.shape.expert_count if name.startswith("experts.") else 1
+        if routed > 1 and step.lora_experts:
+            # peft adapts experts stored as one parameter by making W + B A anew, which the product saves
+            tape.scratch(2 * 2 * weights * routed)
+            copy = tape.new(weights * routed, 2, needs_grad=False)
+            scratch += 2 * weights * routed
+            saved += [source, copy]
+        kept = weights * routed * step.grad_itemsize if trained else 0
         tape.record(y, [source], saved, scratch_bytes=scratch, kept_bytes=kept)
         if copy is not None:
             tape.drop(copy)
         if fresh:
             tape.drop(source)
+        if quantized:  # Linear4bit answers in its input's width, and peft clones the answer before it adds to it
+            y = self._as(y, x.itemsize)
+            if lora:
+                clone = tape.new(y.elements, y.itemsize)
+                y = self._replace(y, tape.record(clone, [y]))
         return self.adapter(x, y, n_in, n_out, rows) if lora else y
 
     def adapter(self, x: Value, y: Value, n_in: int, n_out: int, rows: int) -> Value:
@@ -111,7 +126,10 @@ class Player:
             tape.drop(narrow)
             return y
         width = 2 if step.autocast else step.lora_itemsize
-        wide, wide_fresh = self.cast(x, step.lora_itemsize)
+        # on a 4-bit base peft leaves the cast to autocast, elsewhere it widens the input to the adapter first
+        shares_input = step.autocast and step.quantized and not step.kernels.widens_adapter_input
+        asked = x.itemsize if shares_input else step.lora_itemsize
+        wide, wide_fresh = self.cast(x, asked)
         source = wide
         dropped = None
         if step.lora_dropout:
@@ -154,15 +172,18 @@ class Player:
         return y
 
     def _dora(self, x: Value, y: Value, b: Value, rows: int, n_in: int, n_out: int, wide: Value | None) -> Value:
-        """y + (m - 1) * y + m * b * scaling: the magnitude's gradient needs y and b."""
-        tape = self.tape
-        tape.scratch(2 * 4 * n_in * n_out)  # W + B A and its norm, made anew at each call
-        base = tape.new(rows * n_out, y.itemsize)
-        tape.record(base, [y], [y], scratch_bytes=y.size_bytes)
-        magnified = tape.new(rows * n_out, b.itemsize)
-        tape.record(magnified, [b], [b], scratch_bytes=b.size_bytes)
+        """y + (m - 1) * y + m * b * scaling, in the magnitude's width: its gradient needs y and b.
+
+        The norm of W + B A is made anew at each call from lora_B(lora_A(eye(in))). Source: peft tuners/lora/dora.py.
+        """
+        tape, width = self.tape, self.step.lora_itemsize
+        tape.scratch((width + 2 * self.step.autocast) * n_in * n_in + 2 * n_in * n_out)
+        base = tape.new(rows * n_out, max(y.itemsize, width))
+        tape.record(base, [y], [y], scratch_bytes=base.size_bytes)
+        magnified = tape.new(rows * n_out, max(b.itemsize, width))
+        tape.record(magnified, [b], [b], scratch_bytes=magnified.size_bytes)
         tape.drop(b)
-        scaled = tape.new(rows * n_out, b.itemsize)
+        scaled = tape.new(rows * n_out, magnified.itemsize)
         tape.record(scaled, [magnified])
         tape.drop(magnified)
         delta = self.add(base, scaled)
@@ -213,6 +234,11 @@ class Player:
             q, k = self.rope(q), self.rope(k)
         return self._attend(q, k, v)
 
+    def _as(self, value: Value, itemsize: int) -> Value:
+        """value = value.to(dtype): the old name goes."""
+        other, fresh = self.cast(value, itemsize)
+        return self._replace(value, other) if fresh else value
+
     def _replace(self, old: Value, new: Value) -> Value:
         self.tape.drop(old)
         return new
@@ -243,7 +269,7 @@ class Player:
     def _attend(self, q: Value, k: Value, v: Value) -> Value:
         tape, shape, step, tokens = self.tape, self.shape, self.step, self.tokens
         if q.itemsize == 4:  # flash kernels take 16 bits; under autocast sdpa casts
-            q, k, v = (self._replace(t, self.cast(t, 2)[0]) for t in (q, k, v))
+            q, k, v = (self._as(t, 2) for t in (q, k, v))
         expand = step.kernels.repeat_kv or step.attention == "eager"
         if expand and shape.kv < shape.q:
             wide_k, wide_v = tape.new(tokens * shape.q, k.itemsize), tape.new(tokens * shape.attention_out, v.itemsize)
@@ -308,8 +334,9 @@ class Player:
             return down
         up: Value | None = None
         held: tuple[Value, ...]
-        if shape.fused_gate_up and names[0] == "gate":
-            packed = self.linear(x, hidden, 2 * ffn, "gate_up", rows=rows)
+        if names[0] == "experts.gate_up" or (shape.fused_gate_up and names[0] == "gate"):
+            fused = "gate_up" if names[0] == "gate" else names[0]
+            packed = self.linear(x, hidden, 2 * ffn, fused, rows=rows)
             gate, up = tape.split(packed, (rows * ffn, rows * ffn))
             tape.drop(packed)
             held = (gate, up)
@@ -347,7 +374,7 @@ class Player:
             return self._expert_loop(x, router, rows)
         gathered = tape.new(rows * shape.hidden, 2)
         tape.record(gathered, [x])
-        y = self._mlp(gathered, shape.expert_ffn, rows, ("experts.gate", "experts.up", "experts.down"))
+        y = self._mlp(gathered, shape.expert_ffn, rows, ("experts.gate_up", "", "experts.down"))
         tape.drop(gathered)
         weighted = tape.new(rows * shape.hidden, 2)
         tape.record(weighted, [y, router], [y, router], scratch_bytes=y.size_bytes)

@@ -104,7 +104,7 @@ def _play(job: Run) -> _Tapes:
     spec, s = job.spec, job.settings
     sequences = s.micro_batch * (2 if s.task == "dpo" else 1)
     tokens = sequences * s.seq_len
-    fp32_stream = (job.trains_all and job.weight_itemsize == 4) or s.kbit_prepare
+    fp32_stream = job.weight_itemsize == 4 or s.kbit_prepare
     sharded_masters = s.parallelism.startswith("fsdp")  # FSDP's mixed precision hands the layers 16-bit weights
     step = StepSettings(
         tokens=tokens,
@@ -117,12 +117,14 @@ def _play(job: Run) -> _Tapes:
         lora_rank=0 if job.trains_all else s.lora_rank,
         lora_targets=frozenset(tensor.name for tensor, _ in adapter_tensors(job)),
         lora_itemsize=4 if job.adapter_itemsize == 4 else 2,
+        lora_experts=any(tensor.part == "expert" for tensor, _ in adapter_tensors(job)),
         lora_dropout=s.lora_dropout > 0,
         dora=s.method in ("dora", "qdora"),
         quantized=job.quantized,
         attention=job.attention,
         kernels=job.kernels,
         trains_head=job.trains_all or s.trained_embeddings,
+        head_itemsize=4 if fp32_stream and not sharded_masters else 2,
     )
     layers = []
     norm = "rms"
@@ -253,7 +255,8 @@ def _instants(job: Run, static: Static, tapes: _Tapes) -> tuple[Instant, ...]:
             )
         )
     if tapes.embedding_gradient:
-        tied = tapes.embedding_gradient if job.spec.tied_embeddings else 0
+        # a tied embedding's own gradient is summed with the head's into a third tensor
+        tied = 2 * tapes.embedding_gradient if job.spec.tied_embeddings else 0
         result.append(instant("backward of the embedding", static.gradients, 0, tied + tapes.checkpoint))
     return tuple(result)
 

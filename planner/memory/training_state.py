@@ -124,7 +124,7 @@ def _is_quantized(job: Run, tensor: Tensor) -> bool:
     if len(tensor.shape) < 2 or tensor.part in ("embedding", "lm_head"):
         return False
     if tensor.part == "expert":
-        return tensor.linear or job.trainer.experts_are_linear
+        return job.trainer.experts_are_linear
     if tensor.part == "router":
         return job.trainer.experts_are_linear
     return tensor.linear

@@ -133,6 +133,20 @@ def test_settings_that_make_no_sense_are_refused(
 
 
 @pytest.mark.usefixtures("torch")
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ("deepseek-v2-lite", {}, "values as wide as the queries"),  # latent attention: 192 against 128
+        ("falcon-7b", {}, "does not take attention flash"),
+        ("qwen3-30b-a3b", {"method": "full", "base_dtype": "fp32"}, "bf16 weights only"),
+    ],
+)
+def test_a_model_whose_step_cannot_be_traced_is_refused(model: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(NotModelled, match=message):
+        lora(model, 512, **settings)
+
+
+@pytest.mark.usefixtures("torch")
 def test_an_architecture_that_transformers_does_not_have_is_refused() -> None:
     with pytest.raises(UnknownArchitecture, match="no causal language model of type 'warp_drive'"):
         trace.trace_training({"model_type": "warp_drive"}, method="lora", seq_len=512)
