@@ -64,7 +64,6 @@ class Components(Frozen):
 
 
 COMPONENTS = tuple(Components.model_fields)
-_SOFTMAX = ("full_attention", "sliding_attention", "chunked_attention")
 
 
 class Trace(Frozen):
@@ -216,12 +215,18 @@ def _period(signatures: Sequence[object]) -> tuple[int, int]:
     return 0, total
 
 
-def _depths(signatures: Sequence[object], at_least: int = 4) -> list[int]:
-    """Two depths that end like the full one, one period apart, or the full depth alone if that is as shallow."""
+def _depths(signatures: Sequence[object], shapes: Sequence[object]) -> list[int]:
+    """Two depths that end like the full one, one period apart, or the full depth alone if that is as shallow.
+
+    signatures: what tells layers apart; shapes: of their weights alone. The shallow stack has two periods of shapes,
+    and every kind of layer once: each kind may have rotary tables of its own, alive as long as one layer needs them.
+    """
     depth = len(signatures)
     start, period = _period(signatures)
-    shallow = start + (depth - start) % period + 2 * period
-    shallow += -(-max(0, at_least - shallow) // period) * period
+    shape_start, shape_period = _period(shapes)
+    kinds = 1 + max(signatures.index(signature) for signature in set(signatures))
+    shallow = start + (depth - start) % period
+    shallow += -(-(max(4, kinds, shape_start + 2 * shape_period) - shallow) // period) * period
     return [shallow, shallow + period] if shallow + period < depth else [depth]
 
 
@@ -468,15 +473,9 @@ class _Step:
                 "torch's grouped matrix product of the experts takes bf16 weights only: "
                 "leave base_dtype at bf16 and kbit_prepare off"
             )
-        # a window changes which scores are computed, not which tensors a layer makes; but every kind has to be there
-        # once, since each may have rotary tables of its own
-        kinds = getattr(model.config, "layer_types", None) or ["full_attention"] * len(layers)
-        signatures = [
-            (kind in _SOFTMAX or kind, tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()))
-            for kind, layer in zip(kinds, layers, strict=True)
-        ]
-        all_kinds = 1 + max(kinds.index(kind) for kind in set(kinds))
-        return len(layers), [len(layers)] if full_depth else _depths(signatures, max(4, all_kinds))
+        kinds = getattr(model.config, "layer_types", None) or [None] * len(layers)
+        shapes = [tuple((name, tuple(p.shape)) for name, p in layer.named_parameters()) for layer in layers]
+        return len(layers), [len(layers)] if full_depth else _depths(list(zip(kinds, shapes, strict=True)), shapes)
 
     def run(self, depth: int) -> _Run:
         """Trace the step at this depth; the optimizer already holds its state, as it does from the second step on."""

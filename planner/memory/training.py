@@ -94,6 +94,7 @@ class _Layer(NamedTuple):
 
 class _Tapes(NamedTuple):
     tokens: int
+    rope_tables: int
     checkpoint: int
     layers: tuple[_Layer, ...]
     head: StepBytes
@@ -136,7 +137,10 @@ def _play(job: Run) -> _Tapes:
     head = HeadShape(hidden=spec.hidden_size, vocab=spec.vocab_size, softcap=spec.logit_softcap, norm=norm)
     checkpoint = step.residual_itemsize * spec.hidden_size * tokens
     embedding = step.grad_itemsize * spec.vocab_size * spec.hidden_size if step.trains_head else 0
-    return _Tapes(tokens, checkpoint, tuple(layers), run(play_head(head, step, job.loss)), embedding)
+    # cosines and sines of one row of positions, once for each kind of rope
+    ropes = len({group.kind for group in spec.layers}) if spec.architecture.startswith("gemma3") else 1
+    tables = 2 * ropes * step.residual_itemsize * spec.head_dim * s.seq_len
+    return _Tapes(tokens, tables, checkpoint, tuple(layers), run(play_head(head, step, job.loss)), embedding)
 
 
 def _layer_kinds(spec: ModelSpec) -> list[tuple[LayerShape, int]]:
@@ -203,7 +207,7 @@ def _instants(job: Run, static: Static, tapes: _Tapes) -> tuple[Instant, ...]:
         parts = dict(base)
         parts["gathered weights"] = gathered + (static.gathered_layer if layer_gather else 0)
         parts["gradients"] = gradients
-        parts["activations"] = activations
+        parts["activations"] = activations + tapes.rope_tables
         parts["working"] = transient
         return Instant(name=name, parts={key: value for key, value in parts.items() if value})
 

@@ -61,25 +61,30 @@ def lora(name: str, seq_len: int = 2048, **settings: Any) -> Trace:
 # ------------------------------------------------------------------------------------------------------- without torch
 
 
+def depths(*kinds: str, shapes: str = "") -> list[int]:
+    """Depths for layers of these kinds; their weights differ by kind, or as `shapes` says."""
+    return trace._depths(list(zip(kinds, shapes or kinds, strict=True)), list(shapes or kinds))
+
+
 def test_a_uniform_stack_is_traced_at_four_and_five_layers() -> None:
-    assert trace._depths(["a"] * 36) == [4, 5]
+    assert depths(*["a"] * 36) == [4, 5]
 
 
 def test_a_stack_with_a_pattern_keeps_its_beginning_and_its_end() -> None:
-    next_generation = [
-        "linear",
-        "linear",
-        "linear",
-        "full",
-    ] * 12  # Qwen3-Next: every fourth layer has softmax attention
-    assert trace._period(next_generation) == (0, 4)
-    assert trace._depths(next_generation) == [8, 12]  # both end in a softmax layer, as 48 does
-    assert trace._depths(["dense"] + ["moe"] * 26) == [4, 5]
-    assert trace._depths(["a", "b"] * 13 + ["a"]) == [5, 7]
+    qwen3_next = ["linear", "linear", "linear", "full"] * 12
+    assert trace._period(qwen3_next) == (0, 4)
+    assert depths(*qwen3_next) == [8, 12]  # both end in a softmax layer, as 48 does
+    assert depths("dense", *["moe"] * 26) == [4, 5]
+    assert depths(*["a", "b"] * 13, "a") == [5, 7]
+
+
+def test_windowed_layers_of_equal_shape_are_traced_in_one_period_and_one_more() -> None:
+    gemma_3_4b = (["sliding"] * 5 + ["full"]) * 5 + ["sliding"] * 4
+    assert depths(*gemma_3_4b, shapes="w" * 34) == [10, 16]  # both end in four sliding layers, as 34 does
 
 
 def test_a_shallow_stack_is_traced_whole() -> None:
-    assert trace._depths(["a"] * 5) == [5]
+    assert depths(*["a"] * 5) == [5]
 
 
 def test_bytes_extend_along_the_straight_line_through_two_depths() -> None:
@@ -253,6 +258,8 @@ def test_autocast_over_fp32_masters_holds_a_bf16_copy_of_every_linear_weight_at_
         ("qwen3-0.6b", {"method": "full", "base_dtype": "fp32", "loss": "hf"}),
         ("llama-3.1-8b", {"method": "qlora", "adapter_dtype": "bf16", "seq_len": 512}),
         ("gemma-3-1b", {"seq_len": 512}),
+        ("gemma-3-1b", {"seq_len": 8192}),  # here the top layers are the peak, at 512 tokens the bottom ones
+        ("gemma-3-4b", {"seq_len": 8192, "gradient_checkpointing": False, "loss": "none"}),
     ],
 )
 def test_the_extrapolated_trace_equals_the_trace_of_every_layer(model: str, settings: dict[str, Any]) -> None:
