@@ -19,7 +19,8 @@ ORDER = [
     {"planner.catalog"},
     {"planner.memory"},
     {"planner.fit"},
-    {"planner.size"},
+    {"planner.size", "planner.validate"},
+    {"planner.validate_finetune"},
     {"planner.performance"},
     {"planner.cost"},
     {"planner.plan"},
@@ -27,8 +28,7 @@ ORDER = [
     {"planner.report", "planner.stack"},
     {"workloads"},
     {"infra"},
-    {"planner.preview", "planner.verify", "planner.trace", "planner.validate"},
-    {"planner.validate_finetune"},
+    {"planner.preview", "planner.verify", "planner.trace"},
     {"planner.cli"},
 ]
 # planner.model and the packages it is split into: one part
