@@ -1,4 +1,5 @@
-"""Rebuild the generated pages: docs/cli.md from the commands' own help, docs/validation.md from the measurements.
+"""Rebuild what is generated: docs/cli.md from the commands' help, docs/validation.md from the measurements, and the
+output that the README shows.
 
 `python scripts/docs.py` writes them; `python scripts/docs.py --check` exits 1 when one is out of date.
 """
@@ -6,6 +7,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +78,28 @@ def validation_page() -> str:
     return "".join(lines).rstrip("\n") + "\n"
 
 
-PAGES: dict[str, Callable[[], str]] = {"docs/cli.md": cli_page, "docs/validation.md": validation_page}
+def readme_page() -> str:
+    """README.md with the output that its first example prints at 80 columns."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.compile(r"(```text\n\$ (planner .*?)\n)(.*?)(```)", flags=re.S)
+    match = shown.search(text)
+    assert match is not None, "README.md shows no example"
+    done = subprocess.run(
+        [Path(sys.executable).with_name("planner"), *shlex.split(match[2])[1:]],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"},
+    )
+    output = "\n".join(line.rstrip() for line in done.stdout.rstrip().splitlines())
+    return f"{text[: match.start(3)]}{output}\n{text[match.end(3) :]}"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "docs/cli.md": cli_page,
+    "docs/validation.md": validation_page,
+    "README.md": readme_page,
+}
 
 
 def main() -> int:
