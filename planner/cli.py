@@ -126,11 +126,11 @@ def size(
 
     spec, request = sizing.request_from_options(locals())
     answer = sizing.size(spec, request)
-    report.emit_size(answer, as_json=as_json, as_csv=as_csv, explain=explain)
     if trace:
-        from planner import trace as tracing
+        from planner import exact
 
-        tracing.print_comparison(spec, request, answer)
+        answer = exact.with_traces(model, request, answer)
+    report.emit_size(answer, as_json=as_json, as_csv=as_csv, explain=explain)
     if not answer.fits:
         raise typer.Exit(DOES_NOT_FIT)
 

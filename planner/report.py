@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from planner.catalog import ModelEntry
 from planner.catalog.hardware import VmSku, gpu_of
 from planner.fit import Step
-from planner.size import ContextAnswer, SizeAnswer
+from planner.size import ContextAnswer, SizeAnswer, TracedPeak
 from planner.units import GIB, format_gib, format_tokens
 
 if TYPE_CHECKING:
@@ -187,12 +187,22 @@ def _reasons(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> li
     if largest.loss_heads:
         lines += _loss_lines(largest)
     for row in rows:
+        if row.traced is not None:
+            lines.append(_trace_line(row.context, row.traced))
         if row.link:
             lines.append(f"{row.place}: {row.link}")
         if not row.fits:
             lines.append(f"[red]{row.reason}.[/red]" + (" What would fit:" if row.remedies else ""))
             lines += [f"  {format_gib(r.needed_bytes):>9} with {r.change}: {r.flags}" for r in row.remedies]
     return list(dict.fromkeys(lines))
+
+
+def _trace_line(tokens: int, traced: TracedPeak) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in traced.versions.items())
+    return (
+        f"Traced at {format_tokens(tokens)}: {format_gib(traced.peak_bytes)} ({traced.peak_instant}), planned"
+        f" {format_gib(traced.planned_bytes)}, {traced.error_pct:+.2f} % ({versions}, {traced.seconds:.0f} s)"
+    )
 
 
 def _loss_lines(row: ContextAnswer) -> list[str]:

@@ -62,6 +62,20 @@ class LossHeadPeak(Frozen):
     peak_instant: str
 
 
+class TracedPeak(Frozen):
+    """The same step run on fake tensors: torch's allocated peak, and the plan's error against it in percent.
+
+    planned_bytes: the plan without cuBLAS workspaces, which the trace does not see
+    """
+
+    peak_bytes: int
+    peak_instant: str
+    planned_bytes: int
+    error_pct: float
+    seconds: float
+    versions: dict[str, str]
+
+
 class ContextAnswer(Frozen):
     """One task at one context.
 
@@ -94,6 +108,7 @@ class ContextAnswer(Frozen):
     trainable_parameters: int | None = None
     instants: dict[str, int] = Field(default_factory=dict)
     loss_heads: tuple[LossHeadPeak, ...] = ()
+    traced: TracedPeak | None = None
     link: str = ""
     reason: str = ""
     remedies: tuple[Remedy, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from datetime import date
 from functools import cache
 from importlib.resources import files
@@ -15,7 +16,7 @@ from planner.catalog import hub
 from planner.errors import PlannerError
 from planner.model import Frozen, ModelSpec, Quantization, spec_from_config
 
-__all__ = ["ModelEntry", "load_model", "model", "model_entries", "model_entry", "select_models"]
+__all__ = ["ModelEntry", "load_config", "load_model", "model", "model_entries", "model_entry", "select_models"]
 
 
 class ModelEntry(Frozen):
@@ -203,6 +204,14 @@ def _spec(name: str, record: dict[str, Any], suffixes: tuple[QuantizedSuffix, ..
         update |= {"quantization": last.quantization, "source": f"{spec.source}; stored as {last.source}"}
         update["name"] = name
     return spec.model_copy(update=update) if update else spec
+
+
+def load_config(text: str) -> Mapping[str, object]:
+    """The config.json behind a catalog name, folder or file, as it stands there. PlannerError for anything else."""
+    path = Path(text.strip())
+    if text.endswith(".json") or text.startswith((".", "/", "~")) or hub.holds_config(path):
+        return hub.path_config(path)[1]
+    return model_entry(text).config
 
 
 def load_model(text: str) -> ModelSpec:

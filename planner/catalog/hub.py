@@ -27,12 +27,18 @@ def holds_config(path: Path) -> bool:
 
 def load_path(path: Path) -> ModelSpec:
     """The model of a folder that holds config.json, or of that file itself."""
+    file, config = path_config(path)
+    return spec_from_config(config, str(path.expanduser()), str(file))
+
+
+def path_config(path: Path) -> tuple[Path, Mapping[str, object]]:
+    """The config.json that a path means, and what it holds. Raises PlannerError where there is none to read."""
     try:
         path = path.expanduser()
         file = path / "config.json" if path.is_dir() else path
         if not file.is_file():
             raise PlannerError(f"{file} is not there: give a folder that holds config.json, or the file itself")
-        return spec_from_config(read_config(file), str(path), str(file))
+        return file, read_config(file)
     except (OSError, RuntimeError) as error:  # RuntimeError: ~ without a home folder
         raise PlannerError(f"{path} cannot be read ({type(error).__name__}): check the path") from error
 

@@ -76,7 +76,8 @@ class StepSettings(Frozen):
     residual_itemsize: bytes an element of the residual stream (4 under fp32 weights or fp32-cast embeddings)
     weight_itemsize, grad_itemsize: of a trained weight; autocast: linear layers run in 16 bits whatever comes in
     head_itemsize: bytes an element of the output head (4 where k-bit preparation casts it)
-    lora_targets: names of the weights that carry an adapter; lora_experts: routed experts do; quantized: base weights are dequantised for each product
+    lora_targets: names of the weights that carry an adapter; lora_experts: routed experts do
+    quantized: base weights are dequantised for each product
     """
 
     tokens: int

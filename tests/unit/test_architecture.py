@@ -29,6 +29,7 @@ ORDER = [
     {"workloads"},
     {"infra"},
     {"planner.preview", "planner.verify", "planner.trace"},
+    {"planner.exact"},
     {"planner.cli"},
 ]
 # planner.model and the packages it is split into: one part

@@ -169,7 +169,9 @@ def test_the_exit_code_says_whether_it_fits(argv: tuple[str, ...], code: int) ->
 
 
 def test_other_spellings_of_the_context_option_are_vllm_s_and_everybody_s() -> None:
-    outputs = {golden.run(("size", "--model", "qwen3-8b", flag, "8k", "--csv")).stdout for flag in ("--ctx", "--context")}
+    outputs = {
+        golden.run(("size", "--model", "qwen3-8b", flag, "8k", "--csv")).stdout for flag in ("--ctx", "--context")
+    }
     outputs.add(golden.run(("size", "--model", "qwen3-8b", "--max-model-len", "8192", "--csv")).stdout)
     assert len(outputs) == 1
 

@@ -1,4 +1,4 @@
-"""Places: which Azure sizes are candidates, how far a context reaches, what a card cannot run, what would fit instead."""
+"""Places: candidate sizes, how far a context reaches, what a card cannot run, what would fit instead."""
 
 from __future__ import annotations
 

@@ -25,9 +25,7 @@ def one_product(tape: Tape) -> Value:
 
 def test_a_saved_input_waits_for_the_backward() -> None:
     # forward: x 10 + y 20. Backward: x 10, the gradients of y 20 and of x 10.
-    assert run(one_product) == StepBytes(
-        forward_peak=30, saved=10, backward_peak=40, kept=0, resaved=10, casts=0
-    )
+    assert run(one_product) == StepBytes(forward_peak=30, saved=10, backward_peak=40, kept=0, resaved=10, casts=0)
 
 
 def test_an_input_that_is_not_saved_goes_with_its_name() -> None:

@@ -61,9 +61,7 @@ def test_a_fused_optimizer_saves_the_square_roots() -> None:
 
 def test_fp32_masters_sharded_over_four_gpus_need_20_bytes_a_parameter_over_four() -> None:
     # weights, gradients, two moments and the square roots, 4 B each
-    answer = train(
-        "mistral-7b-v0.1", method="full", trainer="fms", weights_dtype="fp32", parallelism="fsdp", n_gpus=4
-    )
+    answer = train("mistral-7b-v0.1", method="full", trainer="fms", weights_dtype="fp32", parallelism="fsdp", n_gpus=4)
     assert instant(answer, "optimizer step").total_bytes == 20 * MISTRAL // 4 + WORKSPACE
 
 
@@ -80,7 +78,7 @@ def test_nf4_alone_takes_4_5_bits_a_weight() -> None:
 
 
 def test_gptq_packs_weights_and_zeros_and_keeps_a_scale_a_group() -> None:
-    # groups of 128 inputs: 32 for each of 4096 outputs = 131,072 scales of 2 B and zeros of 4 bits; g_idx: int32 an input
+    # 32 groups of 128 inputs for each of 4096 outputs = 131,072 scales of 2 B, zeros of 4 bits; g_idx: int32 an input
     assert quantized_bytes((4096, 4096), "gptq4") == 8_388_608 + 2 * 131_072 + 131_072 // 2 + 4 * 4096
     assert quantized_bytes((4096, 4096), "gptq8") == 16_777_216 + 2 * 131_072 + 131_072 + 4 * 4096
 
@@ -138,7 +136,9 @@ def test_adapters_of_rank_16_on_all_linear_layers_of_qwen3_8b() -> None:
 def test_dora_adds_a_magnitude_for_each_output() -> None:
     # a layer's outputs: q 4096, k and v 1024, o 4096, gate and up 12,288, down 4096
     outputs = 36 * (4096 + 2 * 1024 + 4096 + 2 * 12_288 + 4096)
-    extra = train("qwen3-8b", method="dora").trainable_parameters - train("qwen3-8b", method="lora").trainable_parameters
+    extra = (
+        train("qwen3-8b", method="dora").trainable_parameters - train("qwen3-8b", method="lora").trainable_parameters
+    )
     assert extra == outputs
 
 
@@ -161,7 +161,7 @@ def test_checkpoints_are_two_bytes_of_hidden_a_token_and_layer() -> None:
 
 
 def test_qlora_of_qwen3_8b_at_32k_needs_about_22_gib_chunked_and_over_65_with_the_plain_loss() -> None:
-    # the plain head keeps 32,768 x 151,936 logits in 16 bits (9.3 GiB), an fp32 copy and its log-softmax (18.5 GiB each)
+    # the plain head keeps 32,768 x 151,936 logits in 16 bits (9.3 GiB), an fp32 copy and log-softmax (18.5 GiB each)
     chunked, plain = (train("qwen3-8b", 32_768, loss=loss).allocated_bytes / GIB for loss in ("chunked", "hf"))
     assert 20 < chunked < 24
     assert plain > 65
@@ -406,7 +406,9 @@ def test_the_peak_is_the_largest_instant_and_the_estimate_its_parts(name: str, o
     inside = {c.name: c.expected_bytes for c in estimate.components if c.name not in outside}
     assert inside == peak.parts
     assert estimate.expected_bytes == sum(c.expected_bytes for c in estimate.components)
-    assert estimate.expected_bytes == answer.allocated_bytes + sum(estimate.component(c).expected_bytes for c in outside)
+    assert estimate.expected_bytes == answer.allocated_bytes + sum(
+        estimate.component(c).expected_bytes for c in outside
+    )
     assert estimate.low_bytes <= estimate.expected_bytes <= estimate.high_bytes
     assert estimate.peak_instant == answer.peak_instant
     assert all(c.formula and c.source for c in estimate.components)
@@ -515,9 +517,8 @@ def test_more_layers_never_need_less(name: str, run: dict[str, Any], layers: int
 @pytest.mark.parametrize("name", [e.name for e in catalog.model_entries() if e.listed])
 def test_every_listed_model_can_be_planned_or_says_why_not(name: str) -> None:
     for method in ("full", "qlora"):
-        try:
-            answer = train(name, 1024, method=method)
-        except PlannerError as error:
-            assert "is not modelled" in str(error)
+        if any(group.kind == "linear" for group in spec(name).layers):
+            with pytest.raises(NotModelled, match="is not modelled"):
+                train(name, 1024, method=method)
         else:
-            assert answer.allocated_bytes > 0
+            assert train(name, 1024, method=method).allocated_bytes > 0

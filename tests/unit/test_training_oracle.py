@@ -30,9 +30,7 @@ def rows() -> list[dict[str, str]]:
 def text_model(name: str) -> ModelSpec:
     """The decoder alone: a vision tower is not traced."""
     spec = catalog.model(name)
-    return spec.model_copy(
-        update={"tensors": tuple(t for t in spec.tensors if t.part not in ("vision", "projector"))}
-    )
+    return spec.model_copy(update={"tensors": tuple(t for t in spec.tensors if t.part not in ("vision", "projector"))})
 
 
 def settings_of(row: dict[str, str]) -> FinetuneSettings:

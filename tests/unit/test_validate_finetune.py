@@ -291,7 +291,7 @@ def test_an_fms_row_is_fused_foreach_and_reentrant() -> None:
     assert (settings.seq_len, settings.micro_batch, settings.optimizer) == (4096, 4, "adamw_torch")
     assert (settings.weights_dtype, settings.autocast, settings.attention) == ("bf16", True, "flash")
     assert settings.kernels is not None
-    assert settings.kernels.norm and settings.kernels.rope and not settings.kernels.keeps_logits
+    assert (settings.kernels.norm, settings.kernels.rope, settings.kernels.keeps_logits) == (True, True, False)
 
 
 def test_an_fms_row_under_fsdp_and_autocast_has_fp32_masters() -> None:
