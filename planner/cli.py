@@ -90,7 +90,9 @@ def size(
     pipeline_parallel_size: Annotated[int, _serve("pipeline stages.", "--pp", "--pipeline-parallel-size")] = 1,
     enforce_eager: Annotated[bool, _serve("no CUDA graphs.", "--enforce-eager")] = False,
     enable_prefix_caching: Annotated[bool, _serve("keep the KV of shared prefixes.")] = True,
-    hybrid_kv_cache: Annotated[bool, _serve("off: every layer keeps the whole context.")] = True,
+    disable_hybrid_kv_cache_manager: Annotated[
+        bool, _serve("every layer keeps the whole context.", "--disable-hybrid-kv-cache-manager")
+    ] = False,
     enable_lora: Annotated[bool, _serve("slots for adapters.", "--enable-lora")] = False,
     max_loras: Annotated[int, _serve("adapters in one batch.")] = 1,
     max_lora_rank: Annotated[int, _serve("largest adapter rank.")] = 16,
@@ -167,11 +169,12 @@ def skus(
     everything: Annotated[bool, Option("--all", help="Retired and unpublished sizes too.")] = False,
     as_json: Annotated[bool, Option("--json", help="JSON on stdout.")] = False,
 ) -> None:
-    """Azure's GPU sizes."""
+    """Azure's GPU sizes, and the cards that --gpu of `planner size` takes."""
     from planner import report
-    from planner.catalog.hardware import select_skus
+    from planner.catalog.hardware import gpus, select_skus
 
-    report.emit_skus(select_skus(gpu_name=gpu, region=region, everything=everything), as_json=as_json)
+    sizes = select_skus(gpu_name=gpu, region=region, everything=everything)
+    report.emit_skus(sizes, () if gpu or region else gpus(), as_json=as_json)
 
 
 File = Annotated[str, typer.Argument(metavar="FILE.csv", help="Measurements, one run a row.")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from planner.catalog.engines import constant, quantization_formats
@@ -293,9 +293,9 @@ def _last_that_fits(slack: Callable[[int], int], limit: int) -> int:
 
 
 def with_gpus(settings: Settings, gpus: int) -> Settings:
-    """The workload over several GPUs: tensor parallel when serving, fully sharded when fine-tuning."""
+    """The workload over so many GPUs: tensor parallel inside each pipeline stage, fully sharded when fine-tuning."""
     if isinstance(settings, ServingSettings):
-        return settings.model_copy(update={"tensor_parallel_size": gpus})
+        return settings.model_copy(update={"tensor_parallel_size": max(1, gpus // settings.pipeline_parallel_size)})
     if gpus == 1:
         return settings.model_copy(update={"parallelism": "none", "n_gpus": 1})
     sharding = "fsdp2" if settings.parallelism == "none" else settings.parallelism
@@ -308,6 +308,13 @@ def gpus_of(settings: Settings) -> int:
     return settings.n_gpus
 
 
+def gpu_options(settings: Settings, size: VmSku, gpus: int | None = None) -> tuple[int, ...]:
+    """How many GPUs of one VM the workload may use: exactly `gpus`, or all that its pipeline stages divide."""
+    stages = settings.pipeline_parallel_size if isinstance(settings, ServingSettings) else 1
+    options = (gpus,) if gpus else tensor_parallel_options(size)
+    return tuple(count for count in options if count <= (size.gpu_count or 0) and count % stages == 0)
+
+
 def fit_size(
     spec: ModelSpec, settings: Settings, size: VmSku, *, headroom: float = 0.0, gpus: int | None = None
 ) -> Fit | Misfit:
@@ -316,10 +323,13 @@ def fit_size(
     gpus: exactly so many instead. Raises PlannerError where the size cannot be planned.
     """
     card = gpu_of(size)
-    options: Sequence[int] = (gpus,) if gpus else tensor_parallel_options(size)
     available = size.gpu_count or 0
-    if gpus and gpus > available:
-        raise PlannerError(f"{size.short_name} has {available} GPUs, not {gpus}: lower --tp or take a larger size")
+    options = gpu_options(settings, size, gpus)
+    if not options:
+        wanted = gpus or gpus_of(settings)
+        raise PlannerError(
+            f"{size.short_name} has {available} GPUs, not {wanted}: lower --tp or --pp, or take more GPUs"
+        )
     last: Fit | Misfit | None = None
     for count in options:
         place = Place(gpu=card, sku=size, gpus=count, available=available)
@@ -348,7 +358,7 @@ def smallest(
 ) -> Fit | None:
     """The smallest Azure size on which it fits, or None. gpus: only with exactly that many GPUs of a VM."""
     for size in candidates() if sizes is None else sizes:
-        if gpus and gpus > (size.gpu_count or 0):
+        if not gpu_options(settings, size, gpus):
             continue
         outcome = fit_size(spec, settings, size, headroom=headroom, gpus=gpus)
         if isinstance(outcome, Fit):
@@ -383,7 +393,7 @@ def ladder(
         if reached >= limit:
             break
         card, available = gpu_of(size), size.gpu_count or 0
-        options = [count for count in ((gpus,) if gpus else tensor_parallel_options(size)) if count <= available]
+        options = gpu_options(settings, size, gpus)
         for count in reversed(options):  # the most GPUs reach furthest; some models cannot be split so far
             longest = _reach(spec, with_gpus(settings, count), card, reached + 1, limit, headroom)
             if longest:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.catalog import ModelEntry
-from planner.catalog.hardware import VmSku, gpu_of
+from planner.catalog.hardware import Gpu, VmSku, gpu_of
 from planner.fit import Step
 from planner.size import ContextAnswer, SizeAnswer, TracedPeak
 from planner.units import GIB, format_gib, format_tokens
@@ -94,11 +94,17 @@ def emit_models(entries: Sequence[ModelEntry], *, as_json: bool) -> None:
         console().print(models_table(entries))
 
 
-def emit_skus(sizes: Sequence[VmSku], *, as_json: bool) -> None:
+def emit_skus(sizes: Sequence[VmSku], cards: Sequence[Gpu], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([size.model_dump(mode="json") | {"plannable": size.plannable} for size in sizes], indent=2))
-    else:
-        console().print(skus_table(sizes))
+        payload = {
+            "sizes": [size.model_dump(mode="json") | {"plannable": size.plannable} for size in sizes],
+            "gpus": [card.model_dump(mode="json") for card in cards],
+        }
+        print(json.dumps(payload, indent=2))
+        return
+    console().print(skus_table(sizes))
+    if cards:
+        console().print(gpus_table(cards))
 
 
 def emit_validation(validation: Validation, *, as_json: bool, summary: bool) -> None:
@@ -347,6 +353,35 @@ def skus_table(sizes: Sequence[VmSku]) -> RenderableType:
             size.aks_supported,
             size.quota_family,
             status,
+        )
+    return table
+
+
+def gpus_table(cards: Sequence[Gpu]) -> RenderableType:
+    """The cards of the catalog."""
+    table = _table(
+        f"{len(cards)} cards",
+        [
+            ("card", "left"),
+            ("GiB", "right"),
+            ("GB/s", "right"),
+            ("bf16 TFLOPS", "right"),
+            ("CC", "right"),
+            ("bf16", "left"),
+            ("FP8", "left"),
+            ("Azure", "left"),
+        ],
+    )
+    for card in cards:
+        table.add_row(
+            card.name,
+            _gib(card.usable_bytes),
+            f"{card.bandwidth_bytes_per_s / 1e9:,.0f}",
+            "-" if card.bf16_tflops is None else f"{card.bf16_tflops:g}",
+            card.compute_capability,
+            "yes" if card.supports_bf16 else "no",
+            card.supports_fp8,
+            "yes" if card.cloud else "no",
         )
     return table
 

@@ -22,6 +22,8 @@ from planner.fit import (
     candidates,
     fit_gpu,
     fit_size,
+    gpu_options,
+    gpus_of,
     ladder,
     misfit_sentence,
     remedies,
@@ -196,7 +198,7 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
                 "tensor_parallel_size": tp or 1,
                 "draft": draft,
                 "draft_tokens": options["num_speculative_tokens"] or (1 if draft else 0),
-                "hybrid_kv_cache": None if options["hybrid_kv_cache"] else False,
+                "hybrid_kv_cache": False if options["disable_hybrid_kv_cache_manager"] else None,
             },
         )
     if task in ("finetune", "both"):
@@ -217,7 +219,7 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
         finetune=finetune,
         gpu=gpu(options["gpu"]) if options["gpu"] else None,
         sku=sku(options["sku"]) if options["sku"] else None,
-        gpus=tp,
+        gpus=tp * options["pipeline_parallel_size"] if tp else None,
         headroom=headroom,
         rope_factor=rope,
     )
@@ -340,9 +342,9 @@ def _answer(spec: ModelSpec, request: SizeRequest, task: Task, settings: Setting
 
 def _best_effort(spec: ModelSpec, settings: Settings, headroom: float, gpus: int | None) -> Fit | Misfit:
     """The Misfit on the largest Azure size that can be asked for, when no size fits."""
-    sizes = [s for s in candidates() if not gpus or gpus <= (s.gpu_count or 0)]
+    sizes = [s for s in candidates() if gpu_options(settings, s, gpus)]
     if not sizes:
-        raise PlannerError(f"no Azure size has {gpus} GPUs in one VM: lower --tp, or plan pipeline stages over VMs")
+        raise PlannerError(f"no Azure size has {gpus or gpus_of(settings)} GPUs in one VM: lower --tp or --pp")
     largest = max(sizes, key=lambda s: gpu_of(s).usable_bytes * (s.gpu_count or 0))
     return fit_size(spec, settings, largest, headroom=headroom, gpus=gpus)
 

@@ -66,7 +66,6 @@ class FinetuneSettings(Frozen):
     attention: AttentionKernel | None = None
     loss: LossHead | None = None
     kernels: Kernels | None = None
-    packing: bool = True
     parallelism: Parallelism = "none"
     n_gpus: int = Field(default=1, ge=1, le=1 << 16)
     offload: frozenset[Offload] = frozenset()

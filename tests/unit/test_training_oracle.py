@@ -41,7 +41,7 @@ def settings_of(row: dict[str, str]) -> FinetuneSettings:
         seq_len=int(row["seq_len"]),
         micro_batch=int(row["micro_batch"]),
         lora_rank=int(row["lora_rank"]),
-        lora_targets=targets if targets in ("all-linear", "attention", "default") else tuple(targets.split("+")),
+        lora_targets=targets if targets in ("all-linear", "attention", "default") else tuple(targets.split()),
         gradient_checkpointing=row["gradient_checkpointing"] == "True",
         loss=row["loss"],
         adapter_dtype=row["adapter_dtype"],
