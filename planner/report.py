@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ SERVING_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("KV", ("KV cache",)),
     ("activation", ("activation peak",)),
 )
+WIDE = 120
 TRAINING_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("weights", ("weights", "gathered weights", "reference model")),
     ("trained", ("adapters", "optimizer state", "gradients", "step temporaries", "communication")),
@@ -39,6 +41,7 @@ def _gib(size_bytes: float) -> str:
 
 
 def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
+    """columns: (heading, right for figures, name for what must not be broken, left for text)"""
     from rich import box
     from rich.table import Table
 
@@ -46,7 +49,8 @@ def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
         title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 1, 0, 0)
     )
     for name, justify in columns:
-        table.add_column(name, justify=justify, no_wrap=justify == "right", overflow="fold")  # type: ignore[arg-type]
+        side = "right" if justify == "right" else "left"
+        table.add_column(name, justify=side, no_wrap=justify in ("right", "name"), overflow="fold")  # type: ignore[arg-type]
     return table
 
 
@@ -91,7 +95,8 @@ def emit_models(entries: Sequence[ModelEntry], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([e.model_dump(mode="json", exclude={"config"}) for e in entries], indent=2))
     else:
-        console().print(models_table(entries))
+        terminal = console()
+        terminal.print(models_table(entries, terminal.width))
 
 
 def emit_skus(sizes: Sequence[VmSku], cards: Sequence[Gpu], *, as_json: bool) -> None:
@@ -102,9 +107,10 @@ def emit_skus(sizes: Sequence[VmSku], cards: Sequence[Gpu], *, as_json: bool) ->
         }
         print(json.dumps(payload, indent=2))
         return
-    console().print(skus_table(sizes))
+    terminal = console()
+    terminal.print(skus_table(sizes, terminal.width))
     if cards:
-        console().print(gpus_table(cards))
+        terminal.print(gpus_table(cards))
 
 
 def emit_validation(validation: Validation, *, as_json: bool, summary: bool) -> None:
@@ -294,16 +300,17 @@ def size_csv(answer: SizeAnswer) -> str:
     return out.getvalue()
 
 
-def models_table(entries: Sequence[ModelEntry]) -> RenderableType:
-    """The catalog's models."""
+def models_table(entries: Sequence[ModelEntry], width: int) -> RenderableType:
+    """The catalog's models; with the bytes of 16-bit weights where the terminal is wide enough."""
+    wide = width >= WIDE
     table = _table(
         f"{len(entries)} models",
         [
-            ("name", "left"),
+            ("name", "name"),
             ("parameters", "right"),
             ("context", "right"),
-            ("bf16 GiB", "right"),
-            ("licence", "left"),
+            *([("bf16 GiB", "right")] if wide else []),
+            ("licence", "name"),
             ("use cases", "left"),
         ],
     )
@@ -312,47 +319,45 @@ def models_table(entries: Sequence[ModelEntry]) -> RenderableType:
             entry.name,
             f"{entry.parameter_count / 1e9:.2f} B",
             format_tokens(entry.max_context),
-            _gib(2 * entry.parameter_count),
+            *([_gib(2 * entry.parameter_count)] if wide else []),
             entry.license,
             ", ".join(entry.use_cases),
         )
     return table
 
 
-def skus_table(sizes: Sequence[VmSku]) -> RenderableType:
-    """Azure's GPU sizes."""
+def skus_table(sizes: Sequence[VmSku], width: int) -> RenderableType:
+    """Azure's GPU sizes; with their quota family where the terminal is wide enough."""
+    wide = width >= WIDE
     table = _table(
         f"{len(sizes)} Azure GPU sizes",
         [
-            ("size", "left"),
-            ("GPUs", "left"),
-            ("GiB each", "right"),
-            ("vCPU", "right"),
-            ("RAM GiB", "right"),
-            ("spot", "left"),
-            ("AKS", "left"),
-            ("quota family", "left"),
-            ("status", "left"),
+            ("size", "name"),
+            ("GPUs", "name"),
+            ("GiB", "right"),
+            *([("vCPU", "right"), ("RAM", "right")] if wide else []),
+            ("spot", "name"),
+            ("AKS", "name"),
+            *([("quota family", "name")] if wide else []),
+            ("", "left"),
         ],
     )
     for size in sizes:
         card = gpu_of(size) if size.plannable else None
-        count = "" if size.gpu_count is None else f"{size.gpu_count} x "
-        if size.gpu_fraction not in (None, "1"):
-            count = f"{size.gpu_fraction} of "
-        status = size.status if size.plannable else f"{size.status}: {size.unplannable_reason}"
-        if size.retirement_date:
-            status += f" ({size.retirement_date})"
+        share = "" if size.gpu_fraction in (None, "1") else f"{size.gpu_fraction} of "
+        count = share or ("" if size.gpu_count is None else f"{size.gpu_count} x ")
+        status: list[str] = [] if size.status == "available" else [size.status]
+        status += [size.unplannable_reason] if not size.plannable else []
+        status += [f"retires {size.retirement_date}"] if size.retirement_date and size.status != "retired" else []
         table.add_row(
             size.short_name,
-            f"{count}{size.gpu_label}",
+            count + (re.sub(r"-[0-9]+q$", "", card.name) if card else size.gpu_label),
             _gib(card.usable_bytes) if card else "-",
-            "-" if size.vcpu is None else str(size.vcpu),
-            "-" if size.ram_gib is None else f"{size.ram_gib:,}",
+            *(["-" if n is None else f"{n:,}" for n in (size.vcpu, size.ram_gib)] if wide else []),
             "yes" if size.spot_supported else "no",
-            size.aks_supported,
-            size.quota_family,
-            status,
+            "yes" if size.aks_supported == "yes" else "?" if size.aks_supported == "unverified" else "no",
+            *([size.quota_family] if wide else []),
+            "; ".join(status),
         )
     return table
 
@@ -362,7 +367,7 @@ def gpus_table(cards: Sequence[Gpu]) -> RenderableType:
     table = _table(
         f"{len(cards)} cards",
         [
-            ("card", "left"),
+            ("card", "name"),
             ("GiB", "right"),
             ("GB/s", "right"),
             ("bf16 TFLOPS", "right"),

@@ -18,12 +18,15 @@ from planner.model import ModelSpec
 
 ORACLE = Path(__file__).parents[1] / "oracles" / "training_trace.csv"
 TOLERANCE = 0.02
+NO_WORD = {"attention": "math", "optimizer": "adamw_torch_single"}
+"""What the trace can run and a plan has no word for: sdpa's math kernel and AdamW one tensor at a time"""
 
 
 @cache
 def rows() -> list[dict[str, str]]:
     with ORACLE.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+        every = list(csv.DictReader(file))
+    return [row for row in every if all(row[column] != word for column, word in NO_WORD.items())]
 
 
 @cache
@@ -58,6 +61,7 @@ def name_of(row: dict[str, str]) -> str:
     saved = "checkpoints" if row["gradient_checkpointing"] == "True" else "no checkpoints"
     return (
         f"{row['model']} {row['method']} {row['base_dtype']}/{row['adapter_dtype']} {saved} loss {row['loss']}"
+        f" autocast {row['autocast']} rank {row['lora_rank']}"
         f" {row['attention']} {row['optimizer']} {row['target_modules']} kbit {row['kbit_prepare']}"
         f" accumulate {row['accumulate']} {row['seq_len']} x {row['micro_batch']}"
     )
@@ -76,7 +80,9 @@ def predictions() -> dict[str, tuple[TrainingMemory, int]]:
 
 def test_the_oracle_holds_each_configuration_once() -> None:
     names = [name_of(row) for row in rows()]
-    assert len(names) == len(set(names)) >= 250
+    assert len(names) == len(set(names)) >= 450
+    for column, least in (("model", 6), ("method", 4), ("loss", 3), ("optimizer", 3), ("seq_len", 4)):
+        assert len({row[column] for row in rows()}) >= least
 
 
 def test_the_oracle_traced_the_models_that_are_planned() -> None:
@@ -98,13 +104,13 @@ def test_the_peak_is_within_2_percent_of_the_trace_on_every_row() -> None:
     assert far == {}
 
 
-def test_half_of_the_peaks_are_met_within_a_thousandth() -> None:
+def test_half_of_the_peaks_are_met_within_a_thousandth_and_nine_of_ten_within_five() -> None:
     errors = sorted(abs(predictions()[name_of(row)][1] / int(row["peak_bytes"]) - 1) for row in rows())
     assert errors[len(errors) // 2] <= 0.001
-    assert errors[int(0.9 * len(errors))] <= 0.01
+    assert errors[int(0.9 * len(errors))] <= 0.005
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
 def test_the_trace_and_the_plan_name_the_same_half_of_the_step(method: str) -> None:
     # where the two largest instants differ by more than 2 %, the plan must name the traced one
     halves = {"forward": "forward", "loss_forward": "loss", "loss_backward": "loss", "backward": "backward"}
@@ -115,3 +121,15 @@ def test_the_trace_and_the_plan_name_the_same_half_of_the_step(method: str) -> N
         word = halves[row["peak_instant"]]
         best = max((i.total_bytes for i in memory.instants if word in i.name), default=0)
         assert best >= memory.allocated_bytes * (1 - TOLERANCE), (name_of(row), memory.peak_instant)
+
+
+def test_weights_adapters_and_states_are_those_of_the_trace() -> None:
+    # the trace rounds each tensor up to 512 bytes, as torch's allocator does
+    for row in rows():
+        step = predictions()[name_of(row)][0].instants[0].parts
+        for ours, theirs in (
+            ("weights", "peak_base"),
+            ("adapters", "peak_adapter"),
+            ("optimizer state", "peak_optimizer"),
+        ):
+            assert step.get(ours, 0) == pytest.approx(int(row[theirs]), rel=0.0005, abs=1024), (ours, name_of(row))
