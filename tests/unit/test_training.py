@@ -425,14 +425,18 @@ def test_linear_attention_is_not_modelled_and_says_what_to_do() -> None:
 
 
 def test_experts_that_transformers_5_fuses_stay_in_16_bits_and_a_note_says_so() -> None:
-    # openai/gpt-oss-20b: 24 layers of 32 experts, each 5760 x 2880 and 2880 x 2880
-    experts = 24 * 32 * (5760 * 2880 + 2880 * 2880)
-    answer = train("gpt-oss-20b", method="qlora")
-    assert any("leaves in 16 bits" in note for note in answer.notes)
-    assert part(answer, "weights") > 2 * experts
-    older = train("gpt-oss-20b", method="qlora", trainer="transformers-4")
-    assert part(older, "weights") < experts
-    assert not older.notes
+    # gpt-oss-20b: 24 layers of 32 experts, each 5760 x 2880 and 2880 x 2880
+    # Mixtral-8x7B: 32 layers of 8 experts, each three matrices of 14336 x 4096
+    for name, experts in (
+        ("gpt-oss-20b", 24 * 32 * (5760 * 2880 + 2880 * 2880)),
+        ("mixtral-8x7b", 32 * 8 * 3 * 14_336 * 4096),
+    ):
+        answer = train(name, method="qlora")
+        assert any("leaves in 16 bits" in note for note in answer.notes)
+        assert part(answer, "weights") > 2 * experts
+        older = train(name, method="qlora", trainer="transformers-4")
+        assert part(older, "weights") < experts
+        assert not older.notes
 
 
 def test_a_vision_tower_counts_as_weights_and_a_note_says_so() -> None:
