@@ -91,6 +91,7 @@ clean:  ## remove what the other commands made in the clone
 
 .venv/.synced: pyproject.toml uv.lock | $(UV) .python
 	$(UV) sync --frozen --quiet --python "$$(command -v $(PYTHON))"
+	@PYTHONDONTWRITEBYTECODE= $(VENV)/planner size --model qwen3-8b --ctx 8k >/dev/null  # writes the bytecode it needs
 	@touch $@
 
 .tools/bin/uv: | .python

@@ -38,7 +38,7 @@ def _train(text: str, *names: str, **more: Any) -> Any:
 
 
 def main() -> None:
-    """Entry point of `planner` and `tonnage`: a refusal is one sentence on stderr and an exit code, no traceback."""
+    """Run the app: a refusal is one sentence on stderr and an exit code, no traceback."""
     try:
         app()
     except PlannerError as error:
@@ -129,8 +129,11 @@ def size(
     spec, request = sizing.request_from_options(locals())
     answer = sizing.size(spec, request)
     if trace:
+        import gc
+
         from planner import exact
 
+        gc.enable()  # torch makes more garbage than a short command may keep
         answer = exact.with_traces(model, request, answer)
     report.emit_size(answer, as_json=as_json, as_csv=as_csv, explain=explain)
     if not answer.fits:

@@ -94,7 +94,7 @@ class Run(NamedTuple):
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
-def resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool, capability: str) -> Run:
+def resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool, hopper: bool) -> Run:
     stack = trainer(settings.trainer)
     trains_all = settings.method == "full"
     quantized = settings.method in ("qlora", "qdora")
@@ -131,5 +131,5 @@ def resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool
         checkpointing=checkpointing,
         autocast=stack.autocast if settings.autocast is None else settings.autocast,
         attention=attention,
-        hopper=capability.split(".")[0] in ("9", "10", "12"),
+        hopper=hopper,
     )

@@ -10,6 +10,7 @@ keep and take comes from `layer_tape.py` and `head_tape.py`; what a trainer fuse
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from planner.catalog.trainers import constant
@@ -70,17 +71,25 @@ def training_memory(
     supports_flash_attention: without it the eager kernel's S x S scores are paid unless another kernel is asked for.
     Raises PlannerError when the run cannot exist, NotModelled when no formula here covers it.
     """
-    job = resolve(spec, settings, supports_bf16, supports_flash_attention, compute_capability)
+    hopper = compute_capability.split(".")[0] in ("9", "10", "12")
+    return _training_memory(spec, settings, supports_bf16, supports_flash_attention, hopper)
+
+
+@lru_cache(maxsize=4096)
+def _training_memory(
+    spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool, hopper: bool
+) -> TrainingMemory:
+    """training_memory by what matters of a card, so that a search over sizes asks once for each kind of card."""
+    job = resolve(spec, settings, bf16, flash, hopper)
     static = static_bytes(job)
     tapes = _play(job)
     instants = _instants(job, static, tapes)
     peak = max(instants, key=lambda instant: instant.total_bytes)
-    estimate = _estimate(job, peak, static)
     return TrainingMemory(
         allocated_bytes=peak.total_bytes,
         peak_instant=peak.name,
         instants=instants,
-        estimate=estimate,
+        estimate=_estimate(job, peak, static),
         trainable_parameters=static.trainable,
         settings=settings,
         notes=_notes(job),
