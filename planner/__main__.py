@@ -4,7 +4,7 @@ import gc
 
 
 def main() -> None:
-    """Start the command line. The collector stays off: a command that lives a third of a second leaves it to the exit."""
+    """Start the command line, without the garbage collector: a short command leaves that to its exit."""
     gc.disable()
     from planner.cli import main as start
 

@@ -126,6 +126,8 @@ def size(
     from planner import report
     from planner import size as sizing
 
+    if as_json and as_csv:
+        raise PlannerError("--json and --csv both write to stdout: give one of them")
     spec, request = sizing.request_from_options(locals())
     answer = sizing.size(spec, request)
     if trace:
@@ -157,7 +159,7 @@ def models(
 
     entries = select_models(
         use_case=use_case,
-        max_parameters=None if max_parameters is None else round(max_parameters * 1e9),
+        max_parameters=None if max_parameters is None else max_parameters * 1e9,
         min_context=None if min_context is None else parse_tokens(min_context),
         licence=licence,
         recommend=recommend,

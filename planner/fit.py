@@ -296,10 +296,9 @@ def with_gpus(settings: Settings, gpus: int) -> Settings:
     """The workload over so many GPUs: tensor parallel inside each pipeline stage, fully sharded when fine-tuning."""
     if isinstance(settings, ServingSettings):
         return settings.model_copy(update={"tensor_parallel_size": max(1, gpus // settings.pipeline_parallel_size)})
-    if gpus == 1:
-        return settings.model_copy(update={"parallelism": "none", "n_gpus": 1})
-    sharding = "fsdp2" if settings.parallelism == "none" else settings.parallelism
-    return settings.model_copy(update={"parallelism": sharding, "n_gpus": gpus})
+    if settings.parallelism != "none":
+        return settings.model_copy(update={"n_gpus": gpus})
+    return settings.model_copy(update={"parallelism": "fsdp2" if gpus > 1 else "none", "n_gpus": gpus})
 
 
 def gpus_of(settings: Settings) -> int:
@@ -309,8 +308,13 @@ def gpus_of(settings: Settings) -> int:
 
 
 def gpu_options(settings: Settings, size: VmSku, gpus: int | None = None) -> tuple[int, ...]:
-    """How many GPUs of one VM the workload may use: exactly `gpus`, or all that its pipeline stages divide."""
+    """How many GPUs of one VM the workload may use.
+
+    Exactly `gpus`, or as many as a stated training parallelism asks for, else all that its pipeline stages divide.
+    """
     stages = settings.pipeline_parallel_size if isinstance(settings, ServingSettings) else 1
+    if isinstance(settings, FinetuneSettings) and (settings.parallelism != "none" or settings.n_gpus > 1):
+        gpus = settings.n_gpus
     options = (gpus,) if gpus else tensor_parallel_options(size)
     return tuple(count for count in options if count <= (size.gpu_count or 0) and count % stages == 0)
 
@@ -476,13 +480,16 @@ def remedies(spec: ModelSpec, misfit: Misfit, settings: Settings, *, headroom: f
     found: list[Remedy] = []
     place = misfit.place
     chosen = with_gpus(settings, place.gpus) if place.sku else settings
+    spread = f" --tp {place.gpus}" if place.sku and place.gpus > 1 else ""
     for change, flags, alter in changes:
         altered = alter(chosen)
         if altered == chosen or _already(spec, flags):
             continue
         outcome = try_place(spec, altered, place, headroom=headroom, search_context=False)
-        if isinstance(outcome, Fit):
-            found.append(Remedy(change=change, flags=flags, needed_bytes=outcome.needed_bytes, place=place.label))
+        if isinstance(outcome, Fit) and all(outcome.needed_bytes != known.needed_bytes for known in found):
+            found.append(
+                Remedy(change=change, flags=flags + spread, needed_bytes=outcome.needed_bytes, place=place.label)
+            )
         if len(found) == 3:
             break
     if place.sku is None and isinstance(settings, ServingSettings):
@@ -501,14 +508,16 @@ def remedies(spec: ModelSpec, misfit: Misfit, settings: Settings, *, headroom: f
                     )
                 )
                 break
-    larger = smallest(spec, with_gpus(settings, 1), headroom=headroom)
+    alone = settings if isinstance(settings, FinetuneSettings) else with_gpus(settings, settings.pipeline_parallel_size)
+    larger = smallest(spec, alone, headroom=headroom)
     if larger is not None:
         sku = larger.place.sku
         assert sku is not None
         tp = f" --tp {larger.place.gpus}" if larger.place.gpus > 1 else ""
+        instead = "in place of --gpu " if place.sku is None else ""
         found.append(
             Remedy(
-                change=f"a larger size ({larger.place.gpu.label})",
+                change=f"{instead}a larger size ({larger.place.gpu.label})",
                 flags=f"--sku {sku.short_name}{tp}",
                 needed_bytes=larger.needed_bytes,
                 place=larger.place.label,

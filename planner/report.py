@@ -65,7 +65,7 @@ def print_size(console: Console, answer: SizeAnswer, *, explain: bool = False) -
             for line in _reasons(task, answer, rows):
                 console.print(line, highlight=False, soft_wrap=False)
     for note in dict.fromkeys((*answer.notes, *(n for a in answer.answers for n in a.notes))):
-        console.print(f"Note: {note}.", highlight=False)
+        console.print(f"Note: {_escape(note)}.", highlight=False)
     if explain:
         for row in answer.answers:
             print_explanation(console, row)
@@ -120,6 +120,13 @@ def emit_validation(validation: Validation, *, as_json: bool, summary: bool) -> 
         print_validation(console(), validation, rows=not summary)
 
 
+def _escape(text: str) -> str:
+    """Text of a user's, such as a path, that must not be read as markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
 def _headline(answer: SizeAnswer) -> str:
     active = ""
     if answer.active_parameters != answer.parameters:
@@ -128,8 +135,8 @@ def _headline(answer: SizeAnswer) -> str:
     if answer.kv_bytes_per_token is not None:
         kv = f", {answer.kv_bytes_per_token:,} B of KV cache a token"
     return (
-        f"[bold]{answer.model}[/bold]: {answer.parameters / 1e9:.2f} B parameters{active}, {answer.layers} layers,"
-        f" context {answer.max_context:,}{kv}"
+        f"[bold]{_escape(answer.model)}[/bold]: {answer.parameters / 1e9:.2f} B parameters{active},"
+        f" {answer.layers} layers, context {answer.max_context:,}{kv}"
     )
 
 
@@ -204,7 +211,7 @@ def _reasons(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> li
         if row.link:
             lines.append(f"{row.place}: {row.link}")
         if not row.fits:
-            lines.append(f"[red]{row.reason}.[/red]" + (" What would fit:" if row.remedies else ""))
+            lines.append(f"[red]{_escape(row.reason)}.[/red]" + (" What would fit:" if row.remedies else ""))
             lines += [f"  {format_gib(r.needed_bytes):>9} with {r.change}: {r.flags}" for r in row.remedies]
     return list(dict.fromkeys(lines))
 
@@ -241,7 +248,7 @@ def _next_step(answer: SizeAnswer) -> str:
     served = [a for a in answer.answers if a.task == "serve" and a.fits]
     if served:
         last = served[-1]
-        name = answer.hub_id or answer.model
+        name = _escape(answer.hub_id or answer.model)
         return (
             f"Next: vllm serve {name} {' '.join(last.arguments)}\n      (--explain shows every formula and its source)"
         )
@@ -252,13 +259,12 @@ def _next_step(answer: SizeAnswer) -> str:
 
 def print_explanation(console: Console, row: ContextAnswer) -> None:
     """Formula, inputs and source behind each component of one answer."""
-    from rich.markup import escape
     from rich.padding import Padding
 
     console.print()
     verb = "Serving" if row.task == "serve" else "Fine-tuning"
     if row.estimate is None:
-        console.print(f"{verb} at {format_tokens(row.context)}: {row.reason}", highlight=False)
+        console.print(f"{verb} at {format_tokens(row.context)}: {_escape(row.reason)}", highlight=False)
         return
     place = f"{verb} at {format_tokens(row.context)} on {row.place}"
     console.print(f"[bold]{place}: {format_gib(row.needed_bytes)}[/bold], {row.estimate.peak_instant}", highlight=False)
@@ -270,7 +276,7 @@ def print_explanation(console: Console, row: ContextAnswer) -> None:
         inputs = ", ".join(f"{key}={_plain(value)}" for key, value in part.inputs.items())
         for label, text in (("formula", part.formula), ("inputs", inputs), ("source", part.source)):
             if text:
-                console.print(Padding(f"{label}: {escape(text)}", (0, 0, 0, 2)), highlight=False)
+                console.print(Padding(f"{label}: {_escape(text)}", (0, 0, 0, 2)), highlight=False)
     console.print()
     if row.instants:
         ordered = sorted(row.instants.items(), key=lambda item: -item[1])

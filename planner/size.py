@@ -31,10 +31,11 @@ from planner.fit import (
     with_context,
 )
 from planner.memory.estimate import MemoryEstimate
+from planner.memory.finetune_settings import resolve
 from planner.memory.serving import KvPerSequence, ServingMemory, ServingSettings, rank_layout
 from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
 from planner.memory.weights import check_parallel, weight_scheme
-from planner.model import Frozen, ModelSpec
+from planner.model import Frozen, ModelSpec, lora_targets
 from planner.units import parse_tokens
 
 SCHEMA: Literal["tonnage.size/1"] = "tonnage.size/1"
@@ -173,6 +174,9 @@ _FINETUNE_OPTIONS = (
 )
 
 
+_FLAGS = {"draft_tokens": "num_speculative_tokens", "seq_len": "ctx", "max_model_len": "ctx"}
+
+
 def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeRequest]:
     """The model and the request behind the command line's options; PlannerError names the option that is wrong."""
     spec = load_model(options["model"])
@@ -190,6 +194,8 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
         check_parallel(spec, tp or 1, options["pipeline_parallel_size"])
     if task in ("serve", "both"):
         draft = load_model(options["draft_model"]) if options["draft_model"] else None
+        if options["num_speculative_tokens"] and draft is None:
+            raise PlannerError("--num-speculative-tokens needs a model that drafts them: add --draft-model")
         serve = _checked(
             ServingSettings,
             {name: options[name] for name in _SERVE_OPTIONS}
@@ -213,6 +219,9 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
             },
         )
         trainer(finetune.trainer)
+        if finetune.method != "full":
+            lora_targets(spec, finetune.lora_targets)
+        resolve(spec, finetune, bf16=True, flash=True, hopper=True)  # refuses what no card can do
     return spec, SizeRequest(
         contexts=contexts,
         serve=serve,
@@ -232,8 +241,10 @@ def _checked(kind: type[S], fields: dict[str, Any]) -> S:
     except ValidationError as error:
         first = error.errors()[0]
         name = "_".join(str(part) for part in first["loc"][:1])
-        flag = "--" + name.replace("_", "-")
-        raise PlannerError(f"{flag} {fields.get(name)!r} cannot be planned: {first['msg'].lower()}") from error
+        flag = "--" + _FLAGS.get(name, name).replace("_", "-")
+        value = fields.get(name)
+        shown = ",".join(sorted(value)) if isinstance(value, frozenset) else repr(value)
+        raise PlannerError(f"{flag} {shown} cannot be planned: {first['msg'].lower()}") from error
 
 
 def _lora_targets(text: str) -> str | tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 from planner.errors import PlannerError
 
@@ -10,19 +11,19 @@ KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
 
-_TOKENS = re.compile(r"([0-9]+(?:\.[0-9]+)?)([kKmM]?)(?:[tT]ok(?:ens)?)?")
+_TOKENS = re.compile(r"([0-9]{1,30}(?:\.[0-9]{1,9})?)([kKmM]?)(?:[tT]ok(?:ens)?)?")
 
 
 def parse_tokens(text: str) -> int:
     """A token count: `32768`, `32k` (x 1024), `1m` (x 1024^2). Raises PlannerError for anything else."""
     match = _TOKENS.fullmatch(text.strip().replace("_", "").replace(",", ""))
     if match is None:
-        raise PlannerError(f"{text!r} is not a token count: write a whole number such as 32768, or 32k")
+        raise PlannerError(f"{text[:40]!r} is not a token count: write a whole number such as 32768, or 32k")
     scale = {"": 1, "k": 1 << 10, "m": 1 << 20}[match[2].lower()]
-    value = float(match[1]) * scale
-    if value != int(value):
-        raise PlannerError(f"{text!r} is not a whole number of tokens: write it out, for example 32768")
-    return int(value)
+    value = Fraction(match[1]) * scale
+    if value.denominator != 1:
+        raise PlannerError(f"{text[:40]!r} is not a whole number of tokens: write it out, for example 32768")
+    return value.numerator
 
 
 def format_tokens(tokens: int) -> str:

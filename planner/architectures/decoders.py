@@ -37,8 +37,8 @@ def context_length(f: Fields, *, default: int | None = None) -> int:
     if default is not None and f.get("max_position_embeddings", *names) is None:
         return default
     stated = f.integer("max_position_embeddings", *names, high=MAX_CONTEXT)
-    field = "rope_scaling" if isinstance(f.get("rope_scaling"), dict) else "rope_parameters"
-    if not isinstance(f.get(field), dict):
+    field = "rope_scaling" if f.get("rope_scaling") is not None else "rope_parameters"
+    if f.get(field) is None:
         return stated
     rope = f.section(field)
     kind = rope.text("rope_type", "type", default="default")

@@ -133,7 +133,7 @@ def model_entries() -> tuple[ModelEntry, ...]:
 def select_models(
     *,
     use_case: str | None = None,
-    max_parameters: int | None = None,
+    max_parameters: float | None = None,
     min_context: int | None = None,
     licence: str | None = None,
     recommend: bool = False,

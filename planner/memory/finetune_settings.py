@@ -105,8 +105,12 @@ def resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool
         )
     if settings.parallelism == "none" and settings.n_gpus > 1:
         raise PlannerError(f"{settings.n_gpus} GPUs need a --parallelism: ddp, zero1, zero2, zero3, fsdp or fsdp2")
-    if quantized and settings.parallelism in ("zero1", "zero2") and settings.offload & {"parameters"}:
-        raise PlannerError("parameters are offloaded only by zero3 or fsdp: choose one of them")
+    if settings.weights_dtype == "fp16" and trains_all:
+        raise PlannerError(
+            "fp16 weights cannot be trained in full, their gradients leave its range: use --weights-dtype bf16 or fp32"
+        )
+    if "parameters" in settings.offload and settings.parallelism not in ("zero3", "fsdp", "fsdp2"):
+        raise PlannerError("parameters are offloaded only by --parallelism zero3, fsdp or fsdp2: choose one of them")
     if settings.attention == "flash" and not flash:
         raise PlannerError(
             "this GPU has no FlashAttention 2: use --attention efficient (PyTorch's memory-efficient kernel) or eager"

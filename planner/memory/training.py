@@ -199,7 +199,7 @@ def _instants(job: Run, static: Static, tapes: _Tapes) -> tuple[Instant, ...]:
 
     casts = sum(layer.many * layer.bytes.casts for layer in tapes.layers) if checkpointed else 0
     saved = 0 if checkpointed else sum(layer.many * layer.bytes.saved for layer in tapes.layers)
-    head_kept = tapes.head.kept
+    head_kept = 0 if s.optimizer_in_backward else tapes.head.kept  # used up and freed at once
     # FSDP1 hooks of frozen layers hold each layer's input, and its gradient, until the backward ends
     frozen_fsdp = s.parallelism == "fsdp" and not job.trains_all and checkpointed
     skipped = int(constant("fsdp_frozen_layers_not_held")["value"])

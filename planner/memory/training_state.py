@@ -46,7 +46,7 @@ def static_bytes(job: Run) -> Static:
     if s.parallelism.startswith("zero"):
         # DeepSpeed keeps 16-bit working weights, and fp32 masters and states of its own
         count = adapters + trained_base
-        optimizer = 12 * count
+        optimizer = 4 * count + optimizer_state_bytes(job.optimizer, count, 4)
         gradients = 2 * count
         scratch = 4 * count  # the fp32 copy of the partition's gradients
         if job.trains_all:

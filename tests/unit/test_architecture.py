@@ -31,6 +31,7 @@ ORDER = [
     {"planner.preview", "planner.verify", "planner.trace"},
     {"planner.exact"},
     {"planner.cli"},
+    {"planner.__main__"},
 ]
 # planner.model and the packages it is split into: one part
 SAME_PART = {"planner.architectures": "planner.model"}

@@ -224,6 +224,16 @@ def test_a_wrong_command_line_is_a_usage_error(argv: tuple[str, ...]) -> None:
         (("--gpu-memory-utilization", "1.5"), "--gpu-memory-utilization 1.5 cannot be planned"),
         (("--gpu-memory-utilization", "nan"), "--gpu-memory-utilization nan cannot be planned"),
         (("--draft-model", "nope"), "'nope' is not in the model catalog"),
+        (("--offload", "disk"), "--offload disk cannot be planned"),
+        (("--offload", "parameters"), "parameters are offloaded only by --parallelism"),
+        (("--method", "full", "--weights-dtype", "fp16"), "fp16 weights cannot be trained in full"),
+        (("--lora-targets", "zebra"), "has none of these LoRA targets"),
+        (("--n-gpus", "2"), "2 GPUs need a --parallelism"),
+        (("--num-speculative-tokens", "3"), "needs a model that drafts them"),
+        (("--num-speculative-tokens", "-3", "--draft-model", "qwen3-0.6b"), "--num-speculative-tokens -3"),
+        (("--json", "--csv"), "give one of them"),
+        (("--pp", "16"), "no Azure size has 16 GPUs"),
+        (("--tp", "4", "--pp", "2", "--sku", "NC24ads_A100_v4"), "has 1 GPUs, not 8"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_sentence(options: tuple[str, ...], words: str) -> None:
@@ -241,7 +251,11 @@ def test_a_bad_option_is_refused_in_one_sentence(options: tuple[str, ...], words
         ("nan", "'nan' is not a token count"),
         ("", "no context was given"),
         (",", "no context was given"),
-        ("9" * 30, "tokens are beyond qwen3-8b's context of 40,960: lower --ctx"),
+        ("9" * 400, "is not a token count"),
+        (
+            "9" * 30,
+            "999,999,999,999,999,999,999,999,999,999 tokens are beyond qwen3-8b's context of 40,960: lower --ctx",
+        ),
         ("40961", "40,961 tokens are beyond qwen3-8b's context of 40,960"),
         ("8k,0", "a context of 0 tokens cannot be planned"),
         (",".join(["8k"] * 65), "65 contexts are too many for one table"),
@@ -383,3 +397,24 @@ def test_size_imports_no_heavy_package(form: str) -> None:
     loaded = {name.partition(".")[0] for name in done.stderr.split()}
     assert "planner" in loaded
     assert not loaded & set(HEAVY)
+
+
+def test_a_path_is_printed_as_it_is_and_never_read_as_markup(tmp_path: Path) -> None:
+    folder = tmp_path / "m[red]y[/x]"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(catalog.model_entry("qwen3-4b").config))
+    result = CliRunner().invoke(app, ["size", "--model", str(folder), "--ctx", "8k", "--task", "serve"])
+    assert result.exit_code == 0
+    assert "m[red]y[/x]" in result.stdout.replace("\n", "")
+
+
+def test_a_stated_training_parallelism_decides_how_many_gpus_are_used() -> None:
+    argv = "size --model qwen3-8b --ctx 8k --task finetune --method full --n-gpus 4 --parallelism zero3 --json"
+    result = CliRunner().invoke(app, argv.split())
+    (row,) = json.loads(result.stdout)["answers"]
+    assert row["gpus"] == 4
+
+
+@pytest.mark.parametrize("number", ["nan", "-1", "0"])
+def test_a_size_that_no_model_has_finds_none(number: str) -> None:
+    assert "no model of the catalog matches" in refused("models", "--max-parameters", number)

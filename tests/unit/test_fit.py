@@ -166,7 +166,8 @@ def test_several_gpus_mean_tensor_parallel_when_serving_and_sharding_when_traini
     spread = with_gpus(train(), 4)
     assert (spread.parallelism, spread.n_gpus) == ("fsdp2", 4)
     assert with_gpus(train(parallelism="zero3", n_gpus=2), 8).parallelism == "zero3"
-    assert with_gpus(spread, 1) == train()
+    assert with_gpus(train(), 1) == train()
+    assert with_gpus(train(parallelism="zero3"), 1).parallelism == "zero3"  # a stated one is kept
 
 
 def test_the_context_is_the_only_thing_that_with_context_changes() -> None:

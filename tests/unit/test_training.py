@@ -277,9 +277,30 @@ def test_several_gpus_need_a_parallelism() -> None:
         train("qwen3-8b", n_gpus=2)
 
 
-def test_parameters_of_a_quantised_base_are_not_offloaded_by_zero_1_and_2() -> None:
-    with pytest.raises(PlannerError, match="only by zero3 or fsdp"):
-        train("qwen3-8b", method="qlora", parallelism="zero2", n_gpus=2, offload={"parameters"})
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+@pytest.mark.parametrize("parallelism", ["none", "ddp", "zero1", "zero2"])
+def test_parameters_are_offloaded_only_by_what_shards_them(method: str, parallelism: str) -> None:
+    gpus = 1 if parallelism == "none" else 2
+    with pytest.raises(PlannerError, match="only by --parallelism zero3, fsdp or fsdp2"):
+        train("qwen3-8b", method=method, parallelism=parallelism, n_gpus=gpus, offload={"parameters"})
+
+
+def test_fp16_weights_are_not_trained_in_full() -> None:
+    with pytest.raises(PlannerError, match="fp16 weights cannot be trained in full"):
+        train("qwen3-8b", method="full", weights_dtype="fp16")
+
+
+def test_deepspeed_keeps_the_states_of_the_optimizer_asked_for_beside_its_fp32_masters() -> None:
+    # 4 B of master a parameter; AdamW two fp32 moments, 8 B; SGD without momentum none
+    for optimizer, each in (("adamw_torch", 12), ("sgd", 4)):
+        run = train("qwen3-8b", method="full", parallelism="zero3", n_gpus=4, optimizer=optimizer)
+        assert part(run, "optimizer state") == each * QWEN // 4
+
+
+def test_an_optimizer_in_the_backward_leaves_no_gradient_of_the_head_behind() -> None:
+    run = train("qwen3-8b", method="full", optimizer_in_backward=True)
+    last = next(instant for instant in run.instants if instant.name == "backward of the last layer")
+    assert "gradients" not in last.parts
 
 
 # ---------------------------------------------------------------------------------------------- what a choice does
