@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -249,12 +250,14 @@ def _next_step(answer: SizeAnswer) -> str:
     if served:
         last = served[-1]
         name = _escape(answer.hub_id or answer.model)
-        return (
-            f"Next: vllm serve {name} {' '.join(last.arguments)}\n      (--explain shows every formula and its source)"
-        )
+        return f"Next: vllm serve {name} {' '.join(map(_quoted, last.arguments))}\n      (--explain shows every formula and its source)"
     if any(not a.fits for a in answer.answers):
         return "Next: repeat the command with one of the changes above"
     return "Next: --explain shows every formula, its inputs and its source"
+
+
+def _quoted(argument: str) -> str:
+    return _escape(shlex.quote(argument))
 
 
 def print_explanation(console: Console, row: ContextAnswer) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from pydantic import Field
 
 from planner.catalog.engines import Engine, constant, constant_source
@@ -309,4 +311,10 @@ def arguments(
     flags.append("--enable-prefix-caching" if workload.enable_prefix_caching else "--no-enable-prefix-caching")
     if workload.hybrid_kv_cache is False:
         flags.append("--disable-hybrid-kv-cache-manager")
+    if workload.draft is not None:
+        draft = {
+            "model": workload.draft.hub_id or workload.draft.name,
+            "num_speculative_tokens": workload.draft_tokens,
+        }
+        flags.append(f"--speculative-config={json.dumps(draft, separators=(',', ':'))}")
     return tuple(flags)

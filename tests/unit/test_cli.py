@@ -400,12 +400,12 @@ def test_size_imports_no_heavy_package(form: str) -> None:
 
 
 def test_a_path_is_printed_as_it_is_and_never_read_as_markup(tmp_path: Path) -> None:
-    folder = tmp_path / "m[red]y[/x]"
+    folder = tmp_path / "m[red]y[bold]"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(catalog.model_entry("qwen3-4b").config))
     result = CliRunner().invoke(app, ["size", "--model", str(folder), "--ctx", "8k", "--task", "serve"])
     assert result.exit_code == 0
-    assert "m[red]y[/x]" in result.stdout.replace("\n", "")
+    assert "m[red]y[bold]" in result.stdout.replace("\n", "")
 
 
 def test_a_stated_training_parallelism_decides_how_many_gpus_are_used() -> None:
