@@ -250,7 +250,8 @@ def _next_step(answer: SizeAnswer) -> str:
     if served:
         last = served[-1]
         name = _escape(answer.hub_id or answer.model)
-        return f"Next: vllm serve {name} {' '.join(map(_quoted, last.arguments))}\n      (--explain shows every formula and its source)"
+        line = " ".join(map(_quoted, last.arguments))
+        return f"Next: vllm serve {name} {line}\n      (--explain shows every formula and its source)"
     if any(not a.fits for a in answer.answers):
         return "Next: repeat the command with one of the changes above"
     return "Next: --explain shows every formula, its inputs and its source"

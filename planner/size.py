@@ -289,8 +289,8 @@ def size(spec: ModelSpec, request: SizeRequest) -> SizeAnswer:
     if request.rope_factor:
         spec = spec.model_copy(update={"max_context": int(spec.max_context * request.rope_factor)})
         note = (
-            f"contexts above the model's own rest on a rope extension by {request.rope_factor:g}: give it to vLLM and to"
-            " the trainer as the model's card says (--hf-overrides)"
+            f"contexts above the model's own rest on a rope extension by {request.rope_factor:g}: give it to vLLM and"
+            " to the trainer as the model's card says (--hf-overrides)"
         )
         spec = spec.model_copy(update={"notes": (*spec.notes, note)})
     tasks: list[tuple[Task, Settings]] = []

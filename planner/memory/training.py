@@ -53,7 +53,10 @@ class TrainingMemory(Frozen):
 
 
 _SOURCE_STATE = "torch optim/adamw.py (exp_avg, exp_avg_sq; foreach keeps one temporary of the parameters' size)"
-_SOURCE_TAPE = "byte tape of the reference layer (planner/memory/activations.py), held to a fake-tensor trace"
+_SOURCE_TAPE = (
+    "byte tape of transformers' layers and losses (planner/memory/layer_tape.py, head_tape.py), held to a trace on"
+    " fake tensors within 2 % (tests/oracles/training_trace.csv)"
+)
 
 
 def training_memory(
@@ -220,53 +223,20 @@ def _instants(job: Run, static: Static, tapes: _Tapes) -> tuple[Instant, ...]:
         parts["working"] = transient
         return Instant(name=name, parts={key: value for key, value in parts.items() if value})
 
-    step = dict(base)
-    step["gradients"] = static.gradients
-    step["step temporaries"] = static.step_scratch
-    result = [Instant(name="optimizer step", parts={key: value for key, value in step.items() if value})]
-    result.append(instant("loss, forward", carried, kept(layers) + saved + casts, tapes.head.forward_peak))
-    result.append(instant("loss, backward", carried, kept(layers) + saved, tapes.head.backward_peak))
-    if checkpointed:
-        result.append(
-            instant(
-                "backward of the last layer",
-                carried + head_kept,
-                kept(layers),
-                worst.backward_peak,
-                layer_gather=True,
-            )
-        )
-        result.append(
-            instant(
-                "backward of the first layer",
-                max(carried, late),
-                held or kept(1),
-                worst.backward_peak,
-                layer_gather=True,
-            )
-        )
-    else:
-        result.append(
-            instant("forward of the last layer", carried, saved - widest_saved, widest_forward, layer_gather=True)
-        )
-        result.append(
-            instant(
-                "backward of the last layer",
-                carried + head_kept,
-                saved - widest_saved,
-                worst.backward_peak,
-                layer_gather=True,
-            )
-        )
-        result.append(
-            instant(
-                "backward of the first layer",
-                max(carried, late),
-                0,
-                worst.backward_peak,
-                layer_gather=True,
-            )
-        )
+    step = {**base, "gradients": static.gradients, "step temporaries": static.step_scratch}
+    alive = kept(layers) + saved  # at the end of the forward
+    above = alive if checkpointed else saved - widest_saved  # while the last layer is at work
+    result = [
+        Instant(name="optimizer step", parts={key: value for key, value in step.items() if value}),
+        instant("loss, forward", carried, alive + casts, tapes.head.forward_peak),
+        instant("loss, backward", carried, alive, tapes.head.backward_peak),
+        instant("backward of the last layer", carried + head_kept, above, worst.backward_peak, layer_gather=True),
+        instant(
+            "backward of the first layer", max(carried, late), held or kept(1), worst.backward_peak, layer_gather=True
+        ),
+    ]
+    if not checkpointed:
+        result.append(instant("forward of the last layer", carried, above, widest_forward, layer_gather=True))
     if tapes.embedding_gradient:
         # a tied embedding's own gradient is summed with the head's into a third tensor
         tied = 2 * tapes.embedding_gradient if job.spec.tied_embeddings else 0
@@ -280,36 +250,95 @@ def _grad_shards(job: Run) -> int:
 
 # --- the answer -------------------------------------------------------------------------------------------------------
 
-_FORMULAS: dict[str, tuple[str, str]] = {
-    "weights": ("parameters x bytes each / shards; quantised linear weights at 4 bits + scales", "base_weight_bytes"),
-    "adapters": ("rank x (in + out) summed over adapted matrices x bytes each", "peft tuners/lora/layer.py"),
-    "optimizer state": ("two moments in the trained parameters' width (8-bit: 1 byte each)", _SOURCE_STATE),
-    "reference model": ("a second copy of the weights, frozen, 16 bits", "trl trainer/dpo_trainer.py"),
-    "workspace": ("cuBLAS workspaces, one for the forward thread and one for autograd's", "pytorch CUDABlas"),
-    "communication": ("gradient buckets", "torch DDP reducer; deepspeed zero/stage_1_and_2.py"),
-    "gathered weights": ("embeddings, head and the layer at work, gathered from all shards", "FSDP, ZeRO-3"),
-    "gradients": ("trained parameters x bytes each that have one at this instant", "torch autograd"),
-    "activations": ("checkpoints: hidden x tokens x layers x bytes, or all saved tensors", _SOURCE_TAPE),
-    "working": ("the layer or loss head at work: recomputed tensors and gradients on the way", _SOURCE_TAPE),
-    "step temporaries": ("square roots of all second moments at once (foreach)", _SOURCE_STATE),
+_EXPLAINED: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "weights": (
+        "parameters x bytes each / shards; 4-bit: half a byte and scales for linear weights, 16 bits for the rest",
+        ("parameters", "weights", "shards"),
+        "bitsandbytes functional.py quantize_4bit; checkpoint shapes (docs/method.md)",
+    ),
+    "adapters": (
+        "sum over adapted matrices of rank x (in + out) x bytes each",
+        ("trainable_parameters", "lora_rank", "lora_targets", "adapter_bytes_each", "shards"),
+        "peft tuners/lora/layer.py; counts equal peft's (tests/oracles/lora_counts.csv)",
+    ),
+    "optimizer state": (
+        "two moments for each trained parameter, in its own width; 8-bit: a byte each and one fp32 for 256",
+        ("trainable_parameters", "optimizer", "shards"),
+        _SOURCE_STATE,
+    ),
+    "reference model": ("a second copy of the weights, frozen, 16 bits", ("parameters",), "trl trainer/dpo_trainer.py"),
+    "workspace": (
+        "a cuBLAS workspace for the forward thread and one for autograd's",
+        ("hopper_or_later",),
+        str(constant("cublas_workspace_bytes")["source"]),
+    ),
+    "communication": (
+        "gradient buckets",
+        ("parallelism",),
+        "torch DDP reducer; " + str(constant("deepspeed_bucket_elements")["source"]),
+    ),
+    "gathered weights": (
+        "embeddings, head and the layer at work, gathered from all shards",
+        ("parallelism", "shards"),
+        "torch FSDP and DeepSpeed ZeRO-3; seen in fms-acceleration's benchmark tables",
+    ),
+    "gradients": (
+        "trained parameters x bytes each, of those that have a gradient at this instant",
+        ("trainable_parameters", "instant", "gradient_accumulation_steps"),
+        "torch autograd",
+    ),
+    "activations": (
+        "checkpoints: hidden x tokens x layers x bytes each; without them: all that autograd saves in the layers",
+        ("hidden_size", "tokens", "layers", "checkpointing"),
+        _SOURCE_TAPE,
+    ),
+    "working": (
+        "what the layer or the loss head at work recomputes, saves and passes back, at its highest",
+        ("instant", "tokens", "hidden_size", "ffn", "vocab_size", "loss", "attention"),
+        _SOURCE_TAPE,
+    ),
+    "step temporaries": (
+        "square roots of all second moments at once (foreach)",
+        ("trainable_parameters", "optimizer"),
+        _SOURCE_STATE,
+    ),
 }
+"""formula, the inputs it uses, and its source, by component"""
+
+
+def _facts(job: Run, peak: Instant, static: Static) -> dict[str, int | float | str]:
+    s, spec = job.settings, job.spec
+    targets = s.lora_targets if isinstance(s.lora_targets, str) else ",".join(s.lora_targets)
+    return {
+        "instant": peak.name,
+        "parameters": spec.parameter_count,
+        "trainable_parameters": static.trainable,
+        "weights": s.base_quantization if job.quantized else s.weights_dtype,
+        "lora_rank": s.lora_rank,
+        "lora_targets": targets,
+        "adapter_bytes_each": job.adapter_itemsize,
+        "optimizer": job.optimizer,
+        "shards": s.n_gpus,
+        "parallelism": s.parallelism,
+        "gradient_accumulation_steps": s.gradient_accumulation_steps,
+        "tokens": s.micro_batch * s.seq_len * (2 if s.task == "dpo" else 1),
+        "layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "ffn": spec.ffn or (spec.experts.ffn * spec.experts.per_token if spec.experts else 0),
+        "vocab_size": spec.vocab_size,
+        "checkpointing": job.checkpointing,
+        "loss": job.loss,
+        "attention": job.attention,
+        "hopper_or_later": "yes" if job.hopper else "no",
+    }
 
 
 def _estimate(job: Run, peak: Instant, static: Static) -> MemoryEstimate:
-    s = job.settings
-    inputs: dict[str, int | float | str] = {
-        "model": job.spec.name,
-        "seq_len": s.seq_len,
-        "micro_batch": s.micro_batch,
-        "trainable_parameters": static.trainable,
-        "loss": job.loss,
-        "optimizer": job.optimizer,
-        "instant": peak.name,
-    }
+    facts = _facts(job, peak, static)
     components = []
     for name, size in peak.parts.items():
-        formula, source = _FORMULAS[name]
-        components.append(exact(name, size, formula, source, inputs))
+        formula, used, source = _EXPLAINED[name]
+        components.append(exact(name, size, formula, source, {key: facts[key] for key in used}))
     slack = constant("fragmentation_fraction")
     moving = sum(peak.parts.get(name, 0) for name in ("activations", "working", "gradients", "step temporaries"))
     components.append(
