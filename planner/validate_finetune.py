@@ -158,7 +158,7 @@ def _row_prediction(row: Mapping[str, str], found: FinetunePrediction) -> RowPre
 
 
 def _failed_for_memory(row: Mapping[str, str]) -> bool:
-    text = row["notes"] + row["peak_mem_gb"]
+    text = " ".join((row["notes"], row["peak_mem_gb"], row.get("other_throughput", "")))
     return not row["peak_mem_gb"].strip() and re.search(r"\bOOM\b|out of memory|FAILED", text, re.I) is not None
 
 
