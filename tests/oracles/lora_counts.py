@@ -30,7 +30,8 @@ def count(config: dict, targets: list[str] | str | None, rank: int) -> int | str
 
 
 def main() -> None:
-    with TABLE.open("w", newline="") as file:
+    temporary = TABLE.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["model", "targets", "rank", "trainable", "peft"])
         for name, entry in models().items():
@@ -38,6 +39,7 @@ def main() -> None:
                 for rank in RANKS:
                     rows.writerow([name, label, rank, count(entry["config"], targets, rank), peft.__version__])
             file.flush()
+    temporary.replace(TABLE)
 
 
 if __name__ == "__main__":

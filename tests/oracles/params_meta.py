@@ -36,7 +36,8 @@ def build(config: dict) -> torch.nn.Module:
 
 
 def main() -> None:
-    with TABLE.open("w", newline="") as file:
+    temporary = TABLE.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["model", "parameters", "persistent_buffers", "text_only", "transformers"])
         for name, entry in models().items():
@@ -47,6 +48,7 @@ def main() -> None:
             seen = {key: p.numel() for key, p in model.named_parameters() if any(word in key for word in VISION)}
             rows.writerow([name, total, buffers, total + buffers - sum(seen.values()), transformers.__version__])
             file.flush()
+    temporary.replace(TABLE)
 
 
 if __name__ == "__main__":

@@ -159,10 +159,12 @@ def read(path: Path, versions: str) -> dict[tuple[str, ...], dict[str, Any]]:
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", newline="") as table:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as table:
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    temporary.replace(path)
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -200,8 +201,8 @@ def measure(config: dict[str, object], tp: int, kv: str, quantization: str) -> d
     }
 
 
-def main() -> None:
-    wanted = set(sys.argv[1:])
+def records(wanted: set[str]) -> Iterator[dict[str, object]]:
+    """The records of these models, or of all distinct shapes of the catalog."""
     catalog = json.loads((ROOT / "planner" / "catalog" / "models.json").read_text(encoding="utf-8"))
     seen: set[str] = set()
     for entry in catalog["models"]:
@@ -219,7 +220,21 @@ def main() -> None:
                 record["not_built"] = (
                     f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
                 )
+            yield record
+
+
+def main() -> None:
+    wanted = set(sys.argv[1:])
+    if wanted:
+        for record in records(wanted):
             print(json.dumps(record), flush=True)
+        return
+    table = Path(__file__).with_suffix(".jsonl")
+    temporary = table.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for record in records(wanted):
+            file.write(json.dumps(record) + "\n")
+    temporary.replace(table)
 
 
 if __name__ == "__main__":
