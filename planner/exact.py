@@ -36,7 +36,9 @@ def _traced(text: str, settings: FinetuneSettings, row: ContextAnswer) -> Contex
     assert isinstance(chosen, FinetuneSettings)
     if chosen.parallelism != "none" or chosen.offload:
         raise NotModelled("the trace runs on one GPU without offloading: choose a size of one GPU, or drop --trace")
-    if chosen.task == "dpo" or chosen.method == "qdora" or chosen.trained_embeddings or chosen.optimizer_in_backward:
+    if chosen.method == "qdora":
+        raise NotModelled("qlora with DoRA (qdora) is not traced: choose qlora or dora, or drop --trace")
+    if chosen.task == "dpo" or chosen.trained_embeddings or chosen.optimizer_in_backward:
         raise NotModelled("the trace knows SFT with full, lora, qlora and dora: drop --trace for this run")
     stack = trainer(chosen.trainer)
     loss = chosen.loss or stack.loss

@@ -16,6 +16,9 @@ import pytest
 from planner import trace
 from planner.errors import NotModelled, PlannerError, UnknownArchitecture
 from planner.trace import COMPONENTS, Components, Trace
+from planner.trace.cuda import as_on_cuda
+from planner.trace.ledger import Ledger, depths_to_trace, line, pattern
+from planner.trace.step import Step, materialise
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytestmark = [
@@ -63,7 +66,7 @@ def lora(name: str, seq_len: int = 2048, **settings: Any) -> Trace:
 
 def depths(*kinds: str, shapes: str = "") -> list[int]:
     """Depths for layers of these kinds; their weights differ by kind, or as `shapes` says."""
-    return trace._depths(list(zip(kinds, shapes or kinds, strict=True)), list(shapes or kinds))
+    return depths_to_trace(list(zip(kinds, shapes or kinds, strict=True)), list(shapes or kinds))
 
 
 def test_a_uniform_stack_is_traced_at_four_and_five_layers() -> None:
@@ -72,7 +75,7 @@ def test_a_uniform_stack_is_traced_at_four_and_five_layers() -> None:
 
 def test_a_stack_with_a_pattern_keeps_its_beginning_and_its_end() -> None:
     qwen3_next = ["linear", "linear", "linear", "full"] * 12
-    assert trace._period(qwen3_next) == (0, 4)
+    assert pattern(qwen3_next) == (0, 4)
     assert depths(*qwen3_next) == [8, 12]  # both end in a softmax layer, as 48 does
     assert depths("dense", *["moe"] * 26) == [4, 5]
     assert depths(*["a", "b"] * 13, "a") == [5, 7]
@@ -90,11 +93,11 @@ def test_a_shallow_stack_is_traced_whole() -> None:
 def test_bytes_extend_along_the_straight_line_through_two_depths() -> None:
     low, high = Components(base=100, saved=40), Components(base=120, saved=50)
     # per layer: 20 and 10; from 4 to 36 layers: 32 of them
-    assert trace._line([low, high], [4, 5], 36) == Components(base=740, saved=360)
+    assert line([low, high], [4, 5], 36) == Components(base=740, saved=360)
 
 
 def test_the_ledger_tells_saved_from_transient_by_what_happens_later() -> None:
-    ledger = trace._Ledger()
+    ledger = Ledger()
     ledger._record(512, "base", "", ())
     ledger.begin(("forward", 0))
     ledger._record(1000, "", "saved", ())  # rounded up to 1024
@@ -297,7 +300,7 @@ def _forward_operations(torch: Any, device: str, settings: dict[str, Any]) -> li
         "base_dtype": "bf16", "kbit_prepare": False, "attention": "flash", "accumulate": False,
         "kernel_workspaces": True, **settings,
     }  # fmt: skip
-    step = trace._Step(torch=torch, config=GQA, **chosen)
+    step = Step(torch=torch, config=GQA, **chosen)
     seen: list[str] = []
 
     class Listen(dispatch):  # type: ignore[misc,valid-type]
@@ -310,14 +313,14 @@ def _forward_operations(torch: Any, device: str, settings: dict[str, Any]) -> li
 
     with contextlib.ExitStack() as stack:
         if device == "cpu":
-            stack.enter_context(trace._as_on_cuda(torch, 1, 512))
+            stack.enter_context(as_on_cuda(torch, 1, 512))
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast))
         else:
             stack.enter_context(_cuda_autocast(torch, autocast))
         model = step._prepare(step._meta_model(2))
         stack.enter_context(fake(allow_non_fake_inputs=True))
         with torch.device(device):
-            trace._materialise(torch, model)
+            materialise(torch, model)
             ids = torch.zeros(1, 512, dtype=torch.long)
         model.train()
         with Listen():

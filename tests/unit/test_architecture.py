@@ -41,7 +41,7 @@ RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
 NARROW_WAIST = {"planner.errors", "planner.units", "planner.plan", "planner.stack"}
 
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "vllm", "triton", "tensorflow", "jax"}
-# The two modules that may import something heavy, and only inside a function.
+# The two parts that may import something heavy, and only inside a function; a package with all its modules.
 ALLOWED_LAZILY = {
     "planner.trace": {"torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate"},
     "planner.preview": {"pulumi", "pulumi_azure_native", "pulumi_kubernetes"},
@@ -128,7 +128,7 @@ def wrong_direction(name: str, found: list[Import]) -> list[str]:
 
 def heavy(name: str, found: list[Import]) -> list[str]:
     """Imports of frameworks that `name` may not have."""
-    allowed = ALLOWED_LAZILY.get(name, set())
+    allowed = ALLOWED_LAZILY.get(part_of(name), set())
     bad = []
     for i in found:
         root = i.target.split(".")[0]
