@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-from planner.catalog.engines import constant, quantization_formats
+from planner.catalog.engines import constant, engine, quantization_formats
 from planner.catalog.hardware import Gpu, VmSku, gpu_of, skus, tensor_parallel_options
 from planner.errors import PlannerError
 from planner.memory.serving import ServingMemory, ServingSettings, serving_memory
@@ -114,6 +114,19 @@ def check_card(spec: ModelSpec, settings: Settings, card: Gpu) -> None:
             f"{card.label} has no bf16 and vLLM refuses fp16 for {spec.architecture} (its activations overflow):"
             " take an Ampere or newer card"
         )
+    lowest = engine(settings.engine_version).minimum_compute_capability
+    if cuda and capability(card) < lowest:
+        raise PlannerError(
+            f"vLLM {engine(settings.engine_version).version} needs compute capability {lowest[0]}.{lowest[1]} and"
+            f" {card.label} has {card.compute_capability}: take a newer card, or --engine-version 0.19.0"
+        )
+    if cuda and any(group.kind == "mla" for group in spec.layers):
+        lowest = tuple(constant("minimum_capability_mla"))
+        if capability(card) < lowest:
+            raise PlannerError(
+                f"{card.label} (compute capability {card.compute_capability}) cannot run vLLM's multi-head latent"
+                f" attention, which {spec.name} needs: take an Ampere or newer card"
+            )
     method = spec.quantization.method if spec.quantization else settings.quantization
     minimum = _minimum_capability(method)
     if cuda and minimum and capability(card) < minimum:
@@ -121,10 +134,10 @@ def check_card(spec: ModelSpec, settings: Settings, card: Gpu) -> None:
             f"{card.label} (compute capability {card.compute_capability}) cannot run {method} weights, which need"
             f" {minimum[0]}.{minimum[1]}: use 16-bit weights, gptq, or a newer card"
         )
-    if settings.kv_cache_dtype.startswith("fp8") and card.supports_fp8 == "no":
-        raise PlannerError(
-            f"{card.label} has no FP8: leave --kv-cache-dtype at auto, or take an Ada, Hopper or newer card"
-        )
+    stored = spec.quantization.kv_bits if spec.quantization else None
+    if (settings.kv_cache_dtype.startswith("fp8") or stored == 8) and card.supports_fp8 == "no":
+        advice = f"{spec.name} stores its KV cache in it" if stored == 8 else "leave --kv-cache-dtype at auto"
+        raise PlannerError(f"{card.label} has no FP8: {advice}, or take an Ada, Hopper or newer card")
 
 
 def _needs_bf16(spec: ModelSpec) -> bool:
@@ -249,9 +262,11 @@ def largest_context(
 
     Searched, for memory grows with the context (a property test holds it).
     """
-    plain = isinstance(settings, ServingSettings) and settings.concurrency == 1 and not headroom
-    if plain and isinstance(memory, ServingMemory):
-        return memory.max_context
+    if isinstance(settings, ServingSettings) and isinstance(memory, ServingMemory):
+        # in chunked prefill the activation peak does not depend on the context, and the pool alone decides
+        chunked = not engine(settings.engine_version).whole_prompt_batches
+        if chunked and settings.concurrency == 1 and not headroom:
+            return memory.max_context
     limit = max(spec.max_context, context_of(settings))
 
     def slack(tokens: int) -> int:
@@ -332,7 +347,8 @@ def fit_size(
     if not options:
         wanted = gpus or gpus_of(settings)
         raise PlannerError(
-            f"{size.short_name} has {available} GPUs, not {wanted}: lower --tp or --pp, or take more GPUs"
+            f"{size.short_name} has {available} GPU{'s' if available > 1 else ''}, not {wanted}: lower --tp or --pp, or"
+            " take more GPUs"
         )
     last: Fit | Misfit | None = None
     for count in options:
@@ -480,7 +496,7 @@ def remedies(spec: ModelSpec, misfit: Misfit, settings: Settings, *, headroom: f
     found: list[Remedy] = []
     place = misfit.place
     chosen = with_gpus(settings, place.gpus) if place.sku else settings
-    spread = f" --tp {place.gpus}" if place.sku and place.gpus > 1 else ""
+    spread = _spread(settings, place.gpus) if place.sku else ""
     for change, flags, alter in changes:
         altered = alter(chosen)
         if altered == chosen or _already(spec, flags):
@@ -494,7 +510,7 @@ def remedies(spec: ModelSpec, misfit: Misfit, settings: Settings, *, headroom: f
             break
     if place.sku is None and isinstance(settings, ServingSettings):
         for count in (2, 4, 8):
-            if count <= place.gpus:
+            if count <= place.gpus or count % settings.pipeline_parallel_size:
                 continue
             more = Place(gpu=place.gpu, sku=None, gpus=count, available=count)
             outcome = try_place(spec, with_gpus(settings, count), more, headroom=headroom, search_context=False)
@@ -502,7 +518,7 @@ def remedies(spec: ModelSpec, misfit: Misfit, settings: Settings, *, headroom: f
                 found.append(
                     Remedy(
                         change=f"{count} of these GPUs",
-                        flags=f"--tp {count}",
+                        flags=_spread(settings, count).strip(),
                         needed_bytes=outcome.needed_bytes,
                         place=more.label,
                     )
@@ -513,17 +529,25 @@ def remedies(spec: ModelSpec, misfit: Misfit, settings: Settings, *, headroom: f
     if larger is not None:
         sku = larger.place.sku
         assert sku is not None
-        tp = f" --tp {larger.place.gpus}" if larger.place.gpus > 1 else ""
-        instead = "in place of --gpu " if place.sku is None else ""
+        instead = " in place of --gpu" if place.sku is None else ""
         found.append(
             Remedy(
-                change=f"{instead}a larger size ({larger.place.gpu.label})",
-                flags=f"--sku {sku.short_name}{tp}",
+                change=f"a larger size ({larger.place.gpu.label}){instead}",
+                flags=f"--sku {sku.short_name}{_spread(settings, larger.place.gpus)}",
                 needed_bytes=larger.needed_bytes,
                 place=larger.place.label,
             )
         )
     return tuple(found)
+
+
+def _spread(settings: Settings, gpus: int) -> str:
+    """` --tp 4` where the workload spreads over GPUs and its own options do not say so yet."""
+    if isinstance(settings, ServingSettings):
+        gpus //= settings.pipeline_parallel_size
+    elif settings.parallelism != "none":
+        return ""
+    return f" --tp {gpus}" if gpus > 1 else ""
 
 
 def _already(spec: ModelSpec, flags: str) -> bool:

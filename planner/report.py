@@ -199,8 +199,9 @@ def _reasons(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> li
     if task == "serve" and largest.kv_per_sequence is not None:
         kv = largest.kv_per_sequence
         if not kv.steady_bytes == kv.reserved_bytes == kv.unified_bytes and kv.unified_bytes > 1.02 * kv.steady_bytes:
+            where = f" on each of {largest.gpus} GPUs" if largest.gpus > 1 else ""
             lines.append(
-                f"KV of one sequence at {format_tokens(largest.context)}: {format_gib(kv.steady_bytes)} steady,"
+                f"KV of one sequence at {format_tokens(largest.context)}{where}: {format_gib(kv.steady_bytes)} steady,"
                 f" {format_gib(kv.reserved_bytes)} as vLLM reserves it, {format_gib(kv.unified_bytes)} with the hybrid"
                 " cache manager off (windowed layers forget)"
             )
@@ -252,8 +253,10 @@ def _next_step(answer: SizeAnswer) -> str:
         name = _escape(answer.hub_id or answer.model)
         line = " ".join(map(_quoted, last.arguments))
         return f"Next: vllm serve {name} {line}\n      (--explain shows every formula and its source)"
-    if any(not a.fits for a in answer.answers):
+    if any(a.remedies for a in answer.answers):
         return "Next: repeat the command with one of the changes above"
+    if not answer.fits:
+        return "Next: try a shorter context (--ctx) or a smaller model (planner models)"
     return "Next: --explain shows every formula, its inputs and its source"
 
 

@@ -9,12 +9,14 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, ValidationError
 
 from planner.catalog import load_model
-from planner.catalog.hardware import Gpu, VmSku, gpu, gpu_of, link_note, sku
+from planner.catalog.engines import constant
+from planner.catalog.hardware import Gpu, VmSku, gpu, gpu_of, link_note, sku, tensor_parallel_options
 from planner.catalog.trainers import trainer
 from planner.errors import PlannerError
 from planner.fit import (
     Fit,
     Misfit,
+    Place,
     Remedy,
     Settings,
     Step,
@@ -31,7 +33,8 @@ from planner.fit import (
     with_context,
 )
 from planner.memory.estimate import MemoryEstimate
-from planner.memory.finetune_settings import resolve
+from planner.memory.finetune_settings import DEQUANTIZED, resolve
+from planner.memory.kv import BLOCK_TOKENS
 from planner.memory.serving import KvPerSequence, ServingMemory, ServingSettings, rank_layout
 from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
 from planner.memory.weights import check_parallel, weight_scheme
@@ -183,6 +186,9 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
     contexts = tuple(parse_tokens(part) for part in options["ctx"].split(",") if part.strip())
     rope = _rope_factor(options["rope_scaling"])
     check_contexts(spec, contexts, rope)
+    for name in ("gpu", "sku"):
+        if options[name] is not None and not options[name].strip():
+            raise PlannerError(f"--{name} is empty: name one, as `planner skus` lists them, or drop the option")
     if options["gpu"] and options["sku"]:
         raise PlannerError("--gpu plans for a card and --sku for a VM size: give one of them")
     headroom = options["headroom"]
@@ -194,6 +200,20 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
         check_parallel(spec, tp or 1, options["pipeline_parallel_size"])
     if task in ("serve", "both"):
         draft = load_model(options["draft_model"]) if options["draft_model"] else None
+        if draft is not None and draft.vocab_size != spec.vocab_size:
+            raise PlannerError(
+                f"{draft.name} has {draft.vocab_size:,} tokens and {spec.name} {spec.vocab_size:,}, and vLLM refuses a"
+                " draft with another vocabulary: choose one of the model's own family"
+            )
+        ranks: list[int] = constant("lora_ranks")
+        if options["enable_lora"] and options["max_lora_rank"] not in ranks:
+            raise PlannerError(
+                f"vLLM has no --max-lora-rank {options['max_lora_rank']}: choose one of {', '.join(map(str, ranks))}"
+            )
+        if options["block_size"] % BLOCK_TOKENS:
+            raise PlannerError(
+                f"--block-size {options['block_size']} is not a multiple of {BLOCK_TOKENS}: use 16 or 32"
+            )
         if options["num_speculative_tokens"] and draft is None:
             raise PlannerError("--num-speculative-tokens needs a model that drafts them: add --draft-model")
         serve = _checked(
@@ -207,7 +227,11 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
                 "hybrid_kv_cache": False if options["disable_hybrid_kv_cache_manager"] else None,
             },
         )
-    if task in ("finetune", "both"):
+    packed = spec.quantization.method if spec.quantization else None
+    if task == "both" and packed and packed not in DEQUANTIZED:
+        note = f"fine-tuning is left out: {packed} weights are not trained on; name the model's 16-bit checkpoint"
+        spec = spec.model_copy(update={"notes": (*spec.notes, note)})
+    elif task in ("finetune", "both"):
         finetune = _checked(
             FinetuneSettings,
             {name: options[name] for name in _FINETUNE_OPTIONS}
@@ -221,6 +245,9 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
         trainer(finetune.trainer)
         if finetune.method != "full":
             lora_targets(spec, finetune.lora_targets)
+        if options["gpu"] and tp and finetune.n_gpus == 1:
+            spread = "fsdp2" if finetune.parallelism == "none" and tp > 1 else finetune.parallelism
+            finetune = finetune.model_copy(update={"n_gpus": tp, "parallelism": spread})
         resolve(spec, finetune, bf16=True, flash=True, hopper=True)  # refuses what no card can do
     return spec, SizeRequest(
         contexts=contexts,
@@ -228,7 +255,7 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
         finetune=finetune,
         gpu=gpu(options["gpu"]) if options["gpu"] else None,
         sku=sku(options["sku"]) if options["sku"] else None,
-        gpus=tp * options["pipeline_parallel_size"] if tp else None,
+        gpus=tp * (serve.pipeline_parallel_size if serve else 1) if tp else None,
         headroom=headroom,
         rope_factor=rope,
     )
@@ -325,6 +352,13 @@ def headroom_of(request: SizeRequest, task: Task) -> float:
     return 0.0 if task == "serve" else 0.05
 
 
+def _gpus(request: SizeRequest, task: Task) -> int | None:
+    """How many GPUs were asked for: pipeline stages multiply those of serving alone."""
+    if request.gpus is None or task == "serve" or request.serve is None:
+        return request.gpus
+    return request.gpus // request.serve.pipeline_parallel_size
+
+
 def _kv_bytes_per_token(spec: ModelSpec, settings: ServingSettings) -> int:
     one = settings.model_copy(update={"tensor_parallel_size": 1, "pipeline_parallel_size": 1})
     return rank_layout(spec, one).naive_bytes_per_token
@@ -336,7 +370,7 @@ def _weight_format(spec: ModelSpec, settings: ServingSettings | None) -> str:
 
 def _ladder(spec: ModelSpec, request: SizeRequest, task: Task, settings: Settings) -> tuple[Step, ...]:
     try:
-        return ladder(spec, settings, headroom=headroom_of(request, task), gpus=request.gpus)
+        return ladder(spec, settings, headroom=headroom_of(request, task), gpus=_gpus(request, task))
     except PlannerError:  # a workload that no card can run has no ladder; its answer says why
         return ()
 
@@ -348,21 +382,28 @@ def _answer(spec: ModelSpec, request: SizeRequest, task: Task, settings: Setting
     if request.gpu is not None:
         outcome = fit_gpu(spec, chosen, request.gpu, headroom=headroom)
     elif request.sku is not None:
-        outcome = fit_size(spec, chosen, request.sku, headroom=headroom, gpus=request.gpus)
+        outcome = fit_size(spec, chosen, request.sku, headroom=headroom, gpus=_gpus(request, task))
     else:
-        outcome = smallest(spec, chosen, headroom=headroom, gpus=request.gpus)
+        outcome = smallest(spec, chosen, headroom=headroom, gpus=_gpus(request, task))
         if outcome is None:
-            outcome = _best_effort(spec, chosen, headroom, request.gpus)
+            outcome = _best_effort(spec, chosen, headroom, _gpus(request, task))
     return _context_answer(spec, task, tokens, outcome, chosen, headroom)
 
 
 def _best_effort(spec: ModelSpec, settings: Settings, headroom: float, gpus: int | None) -> Fit | Misfit:
-    """The Misfit on the largest Azure size that can be asked for, when no size fits."""
+    """The Misfit on the largest Azure size that can run it; where all refuse, a CUDA card's refusal."""
     sizes = [s for s in candidates() if gpu_options(settings, s, gpus)]
     if not sizes:
         raise PlannerError(f"no Azure size has {gpus or gpus_of(settings)} GPUs in one VM: lower --tp or --pp")
-    largest = max(sizes, key=lambda s: gpu_of(s).usable_bytes * (s.gpu_count or 0))
-    return fit_size(spec, settings, largest, headroom=headroom, gpus=gpus)
+
+    refused: list[Fit | Misfit] = []
+    for size in sorted(sizes, key=lambda s: gpu_of(s).usable_bytes * (s.gpu_count or 0), reverse=True):
+        outcome = fit_size(spec, settings, size, headroom=headroom, gpus=gpus)
+        if isinstance(outcome, Fit) or not outcome.reason:
+            return outcome
+        refused.append(outcome)
+    cuda = (outcome for outcome in refused if outcome.place.gpu.compute_capability[0].isdigit())
+    return next(cuda, refused[0])
 
 
 def _context_answer(
@@ -403,11 +444,19 @@ def _context_answer(
         needed_bytes=outcome.needed_bytes,
         largest_context=outcome.largest_context,
         estimate=memory.estimate if memory else None,
-        link=link_note(place.sku, place.gpus).text if place.sku and place.gpus > 1 else "",
+        link=_link(place, task),
         reason=misfit_sentence(spec, outcome, tokens) if isinstance(outcome, Misfit) else "",
         remedies=remedies(spec, outcome, settings, headroom=headroom) if isinstance(outcome, Misfit) else (),
         **fields,
     )
+
+
+def _link(place: Place, task: Task) -> str:
+    """The link between the GPUs, and what it means for serving; empty on one GPU, at a desk, and for odd splits."""
+    if place.sku is None or place.gpus == 1 or place.gpus not in tensor_parallel_options(place.sku):
+        return ""
+    text = link_note(place.sku, place.gpus).text
+    return text if task == "serve" else text.partition(": ")[0]
 
 
 def _loss_heads(spec: ModelSpec, memory: TrainingMemory, card: Gpu) -> tuple[LossHeadPeak, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from planner.architectures.fields import Fields
@@ -83,6 +84,11 @@ def _awq(q: Fields) -> Quantization:
 
 
 def _gptq(q: Fields) -> Quantization:
+    if q.get("dynamic"):
+        raise NotModelled(
+            f"{q.owner} gives modules their own GPTQ format (dynamic), which is not modelled: "
+            "choose a checkpoint with one format for all linear modules"
+        )
     return Quantization(
         method="gptq",
         bits=q.integer("bits", low=2, high=8),
@@ -90,6 +96,19 @@ def _gptq(q: Fields) -> Quantization:
         symmetric=q.flag("sym", True),
         ignored=q.texts("modules_in_block_to_quantize_exclude"),
     )
+
+
+def _patterns(q: Fields, field: str) -> tuple[str, ...]:
+    """A list of module names; those that start with `re:` must be regular expressions."""
+    names = q.texts(field)
+    for name in names:
+        if not name.startswith("re:"):
+            continue
+        try:
+            re.compile(name[3:])
+        except re.error as error:
+            raise q.refuse(field, f"holds a broken regular expression, {name[:60]!r}: {error}") from error
+    return names
 
 
 def _group_size(q: Fields, field: str, *older: str, default: int) -> int:
@@ -111,6 +130,12 @@ def _compressed_tensors(q: Fields) -> Quantization:
         group = groups.section(name)
         if group.get("weights") is None:
             continue
+        targets = group.texts("targets")
+        if targets and "Linear" not in targets:
+            raise NotModelled(
+                f"{q.owner} quantises {', '.join(targets)[:60]} alone, which is not modelled: "
+                "choose a checkpoint with one scheme for all linear modules"
+            )
         found.append(_scheme(q, group))
     if not found:
         raise q.refuse("config_groups", "names no quantised weights")
@@ -148,7 +173,7 @@ def _scheme(q: Fields, group: Fields) -> Quantization:
         block=block,
         symmetric=weights.flag("symmetric", True),
         activation_bits=activations.integer("num_bits", low=2, high=16, default=16),
-        ignored=q.texts("ignore"),
+        ignored=_patterns(q, "ignore"),
         kv_bits=cache.optional_integer("num_bits", low=2, high=16),
     )
 

@@ -75,6 +75,7 @@ class Engine(Frozen):
     non_torch_gib: dict[int, GibRange]
     non_torch_before_hopper_gib: GibRange
     pipeline_gib: GibRange
+    minimum_compute_capability: tuple[int, int]
     hybrid_groups: bool
     group_pad_factor: float
     tokens_by_concurrency: bool

@@ -31,6 +31,7 @@ class Trainer(Frozen):
     checkpointing: none, reentrant, non_reentrant or offloaded
     adapter_on_quantized: width of LoRA adapters on a quantised base; autocast: 16-bit autocast around the step
     kernels: the fused operations; experts_are_linear: routed experts are nn.Linear modules (transformers 4)
+    embedding_state_32bit: 8-bit Adam keeps the embedding's moments in fp32 (Trainer.create_optimizer of transformers 5)
     """
 
     name: str
@@ -42,6 +43,7 @@ class Trainer(Frozen):
     autocast: bool
     kernels: dict[str, bool]
     experts_are_linear: bool = False
+    embedding_state_32bit: bool = False
     source: str
     as_of: str
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from planner.catalog.trainers import LossHead, Trainer, trainer
-from planner.errors import PlannerError
+from planner.errors import NotModelled, PlannerError
 from planner.memory.activations import AttentionKernel, Kernels
 from planner.memory.tape import Checkpointing
 from planner.model import Frozen, LoraTargets, ModelSpec
@@ -91,6 +91,7 @@ class Run(NamedTuple):
     hopper: bool
 
 
+DEQUANTIZED = ("mxfp4", "fp8")  # transformers unpacks these while loading: Mxfp4Config, FineGrainedFP8Config
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -98,6 +99,13 @@ def resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool
     stack = trainer(settings.trainer)
     trains_all = settings.method == "full"
     quantized = settings.method in ("qlora", "qdora")
+    stored = spec.quantization.method if spec.quantization else None
+    kept = quantized and stored == "gptq" and settings.base_quantization.startswith("gptq")
+    if stored is not None and stored not in DEQUANTIZED and not kept:
+        raise NotModelled(
+            f"{spec.name} is stored as {stored}, and training on packed weights is not modelled:"
+            " name its 16-bit checkpoint (--method qlora packs that one)"
+        )
     if settings.weights_dtype == "bf16" and not bf16 and trains_all:
         raise PlannerError(
             "this GPU has no bf16, and fp16 weights cannot be trained in full: keep fp32 masters"
@@ -121,6 +129,10 @@ def resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool
     if settings.gradient_checkpointing:
         default = "non_reentrant" if stack.checkpointing in ("none", "offloaded") else stack.checkpointing
         checkpointing = settings.checkpointing or default  # type: ignore[assignment]
+    if "activations" in settings.offload and checkpointing == "none":
+        raise NotModelled(
+            "offloaded activations are modelled with gradient checkpointing alone: add --gradient-checkpointing"
+        )
     return Run(
         settings=settings,
         trainer=stack,

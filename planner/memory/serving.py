@@ -167,7 +167,7 @@ def serving_memory(
 
 
 def _batch(spec: ModelSpec, workload: ServingSettings, version: Engine, device: Device) -> Batch:
-    return peak.default_batch(
+    batch = peak.default_batch(
         spec,
         version,
         device,
@@ -175,6 +175,12 @@ def _batch(spec: ModelSpec, workload: ServingSettings, version: Engine, device: 
         max_num_batched_tokens=workload.max_num_batched_tokens,
         max_num_seqs=workload.max_num_seqs,
     )
+    if batch.tokens < batch.sequences:  # vllm/config/scheduler.py
+        raise PlannerError(
+            f"vLLM refuses {batch.sequences:,} sequences in steps of {batch.tokens:,} tokens: raise"
+            " --max-num-batched-tokens to at least --max-num-seqs, or lower that"
+        )
+    return batch
 
 
 def rank_layout(spec: ModelSpec, workload: ServingSettings) -> KvLayout:

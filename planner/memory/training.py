@@ -118,7 +118,8 @@ def _play(job: Run) -> _Tapes:
     sequences = s.micro_batch * (2 if s.task == "dpo" else 1)
     tokens = sequences * s.seq_len
     fp32_stream = job.weight_itemsize == 4 or s.kbit_prepare
-    sharded_masters = s.parallelism.startswith("fsdp")  # FSDP's mixed precision hands the layers 16-bit weights
+    # FSDP's mixed precision and DeepSpeed's bf16 engine hand the layers 16-bit weights
+    sharded_masters = s.parallelism.startswith(("fsdp", "zero"))
     step = StepSettings(
         tokens=tokens,
         seq_len=s.seq_len,
@@ -266,7 +267,11 @@ _EXPLAINED: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("trainable_parameters", "optimizer", "shards"),
         _SOURCE_STATE,
     ),
-    "reference model": ("a second copy of the weights, frozen, 16 bits", ("parameters",), "trl trainer/dpo_trainer.py"),
+    "reference model": (
+        "a second copy of the weights, frozen, in their width",
+        ("parameters",),
+        "trl trainer/dpo_trainer.py",
+    ),
     "workspace": (
         "a cuBLAS workspace for the forward thread and one for autograd's",
         ("hopper_or_later",),
@@ -383,6 +388,8 @@ def _notes(job: Run) -> tuple[str, ...]:
         )
     if job.quantized and job.spec.experts and not job.trainer.experts_are_linear:
         notes.append("transformers 5 stores routed experts as one parameter that bitsandbytes leaves in 16 bits")
+    if job.spec.quantization is not None:
+        notes.append(f"the {job.spec.quantization.method} checkpoint is unpacked to 16 bits while loading (dequantize)")
     if any(t.part == "vision" for t in job.spec.tensors):
         notes.append("the vision tower counts as weights; activations are those of text tokens")
     return tuple(notes)

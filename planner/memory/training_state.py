@@ -41,6 +41,9 @@ def static_bytes(job: Run) -> Static:
     adapter_bytes = adapters * job.adapter_itemsize
     trained: list[tuple[int, int]] = [(adapters, job.adapter_itemsize), (trained_base, job.weight_itemsize)]
     optimizer = sum(optimizer_state_bytes(job.optimizer, count, itemsize) for count, itemsize in trained)
+    if job.optimizer == "adamw_8bit" and job.trainer.embedding_state_32bit and trained_base:
+        looked_up = sum(t.parameters for t in spec.tensors if t.part == "embedding")
+        optimizer += 8 * looked_up - optimizer_state_bytes(job.optimizer, looked_up, 4)
     gradients = sum(count * itemsize for count, itemsize in trained)
     scratch = sum(_step_scratch_bytes(job.optimizer, count, itemsize) for count, itemsize in trained)
     if s.parallelism.startswith("zero"):
@@ -66,6 +69,8 @@ def static_bytes(job: Run) -> Static:
         optimizer = scratch = 0
     if "parameters" in s.offload:  # and with them their gradients
         weights = adapter_bytes = gradients = 0
+        if s.parallelism.startswith("fsdp"):  # CPUOffloadPolicy: the step runs where the parameters are
+            optimizer = scratch = 0
     if s.optimizer_in_backward:
         largest = max((t.elements for t in spec.tensors), default=0)
         gradients = scratch = 0
@@ -73,7 +78,8 @@ def static_bytes(job: Run) -> Static:
     root, layer = _gathered_bytes(job) if zero3 else (0, 0)
     reference = 0
     if s.task == "dpo" and job.trains_all:
-        reference = -(-spec.parameter_count * 2 // shard_weights)
+        width = 2 if s.parallelism.startswith("zero") else job.weight_itemsize
+        reference = -(-spec.parameter_count * width // shard_weights)
     workspace = constant("cublas_workspace_bytes")
     return Static(
         trainable=adapters + trained_base,

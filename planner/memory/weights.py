@@ -237,10 +237,13 @@ def _quantized_bytes(shape: tuple[int, ...], q: Quantization, scale_bytes: int) 
 
     weights rows * cols * bits / 8; scales: one for the tensor, for a row, for a block, or rows * cols / group_size;
     zero points as wide as the weights, one per group, in AWQ and GPTQ and where the format is not symmetric;
-    bitsandbytes with double quantisation: a byte per 64 weights and a float32 per 256 of those.
+    bitsandbytes with double quantisation: a byte per 64 weights and a float32 per 256 of those; its 8 bits (LLM.int8):
+    a float32 per row.
     """
     rows, cols = _elements(shape[:-1]), shape[-1]
     weights = ceil(rows * cols * q.bits / 8)
+    if q.method == "bitsandbytes" and q.bits == 8:
+        return weights + 4 * rows
     if q.method == "bitsandbytes":
         blocks = cdiv(rows * cols, q.group_size or 64)
         return weights + (blocks + 4 * cdiv(blocks, 256) if q.double_quant else 4 * blocks)

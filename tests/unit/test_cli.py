@@ -232,8 +232,14 @@ def test_a_wrong_command_line_is_a_usage_error(argv: tuple[str, ...]) -> None:
         (("--num-speculative-tokens", "3"), "needs a model that drafts them"),
         (("--num-speculative-tokens", "-3", "--draft-model", "qwen3-0.6b"), "--num-speculative-tokens -3"),
         (("--json", "--csv"), "give one of them"),
+        (("--gpu", ""), "--gpu is empty"),
+        (("--sku", " "), "--sku is empty"),
+        (("--block-size", "8"), "--block-size 8 is not a multiple of 16"),
+        (("--enable-lora", "--max-lora-rank", "24"), "vLLM has no --max-lora-rank 24: choose one of 1, 8, 16"),
+        (("--draft-model", "llama-3.2-1b"), "vLLM refuses a draft with another vocabulary"),
+        (("--offload", "activations", "--no-gradient-checkpointing"), "add --gradient-checkpointing"),
         (("--pp", "16"), "no Azure size has 16 GPUs"),
-        (("--tp", "4", "--pp", "2", "--sku", "NC24ads_A100_v4"), "has 1 GPUs, not 8"),
+        (("--tp", "4", "--pp", "2", "--sku", "NC24ads_A100_v4"), "has 1 GPU, not 8"),
     ],
 )
 def test_a_bad_option_is_refused_in_one_sentence(options: tuple[str, ...], words: str) -> None:

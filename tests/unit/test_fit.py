@@ -39,7 +39,7 @@ from planner.fit import (
 )
 from planner.memory.serving import ServingMemory, ServingSettings
 from planner.memory.training import FinetuneSettings
-from planner.model import ModelSpec
+from planner.model import ModelSpec, Quantization
 from planner.units import GIB
 
 MODELS = ("qwen3-8b", "gemma-3-12b", "mistral-7b-v0.1", "deepseek-v2-lite", "gpt-oss-20b", "qwen3-0.6b", "phi-4")
@@ -312,8 +312,15 @@ def test_a_ladder_of_two_gpus_names_only_sizes_with_two() -> None:
 @pytest.mark.parametrize(
     ("name", "chosen", "card", "reason"),
     [
-        ("qwen3-8b", serve(quantization="awq"), "v100-32", r"V100.*cannot run awq weights, which need 7\.5"),
-        ("qwen3-8b", serve(quantization="fp8"), "v100-16", r"V100.*cannot run fp8 weights"),
+        (
+            "qwen3-8b",
+            serve(quantization="awq", engine_version="0.19.0"),
+            "v100-32",
+            r"V100.*cannot run awq weights, which need 7\.5",
+        ),
+        ("qwen3-8b", serve(quantization="fp8", engine_version="0.19.0"), "v100-16", r"V100.*cannot run fp8 weights"),
+        ("qwen3-8b", serve(), "v100-32", r"vLLM 0\.32\.0 needs compute capability 7\.5 and .*V100.* has 7\.0"),
+        ("deepseek-v2-lite", serve(), "t4", r"T4.*cannot run vLLM's multi-head latent attention"),
         ("gpt-oss-20b", serve(), "t4", r"T4.*cannot run mxfp4 weights, which need 8\.0"),
         ("gemma-3-4b", serve(), "t4", r"T4 has no bf16 and vLLM refuses fp16 for gemma3"),
         ("gemma-3-12b", serve(), "v100-32", r"V100.* has no bf16 and vLLM refuses fp16 for gemma3"),
@@ -340,7 +347,7 @@ def test_what_a_card_cannot_run_is_a_misfit_with_one_sentence(
     ("name", "chosen", "card"),
     [
         ("qwen3-8b", serve(quantization="awq"), "t4"),
-        ("qwen3-8b", serve(quantization="gptq"), "v100-32"),
+        ("qwen3-8b", serve(quantization="gptq", engine_version="0.19.0"), "v100-32"),
         ("gpt-oss-20b", serve(), "a10"),
         ("gemma-3-4b", serve(), "a10"),
         ("qwen3-8b", serve(kv_cache_dtype="fp8"), "a100-80-pcie"),
@@ -351,6 +358,32 @@ def test_what_a_card_cannot_run_is_a_misfit_with_one_sentence(
 )
 def test_what_a_card_can_run_is_not_refused(name: str, chosen: Settings, card: str) -> None:
     check_card(spec(name), chosen, gpu(card))
+
+
+def test_a_checkpoint_with_an_fp8_kv_cache_needs_a_card_with_fp8() -> None:
+    stored = Quantization(method="compressed-tensors", bits=8, group_size=-1, activation_bits=8, kv_bits=8)
+    model = spec("qwen3-8b").model_copy(update={"quantization": stored})
+    with pytest.raises(PlannerError, match="T4 has no FP8: qwen3-8b stores its KV cache in it"):
+        check_card(model, serve(), gpu("t4"))
+    check_card(model, serve(), gpu("h100-nvl"))
+
+
+def test_the_v0_engine_reaches_only_as_far_as_its_whole_prompt_batches_leave_room() -> None:
+    # without chunked prefill a batch is as long as the context, so the activation peak grows with it
+    model, card = spec("qwen3-8b"), gpu("a10")
+    outcome = fit_gpu(model, serve(4096, engine_version="0.7"), card)
+    assert isinstance(outcome, Fit)
+    longest = outcome.largest_context
+    assert isinstance(fit_gpu(model, serve(longest, engine_version="0.7"), card), Fit)
+    assert isinstance(fit_gpu(model, serve(longest + 1, engine_version="0.7"), card), Misfit)
+
+
+def test_remedies_of_pipeline_stages_ask_for_the_gpus_of_one_stage() -> None:
+    model, chosen = spec("llama-3.3-70b"), serve(8192, pipeline_parallel_size=2)
+    misfit = fit_gpu(model, chosen, gpu("l40s"))
+    assert isinstance(misfit, Misfit)
+    found = {r.change: r.flags for r in remedies(model, misfit, chosen)}
+    assert found["4 of these GPUs"] == "--tp 2"
 
 
 @pytest.mark.parametrize("card", [card.name for card in gpus()])

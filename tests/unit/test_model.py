@@ -233,6 +233,26 @@ def test_groups_in_different_formats_are_refused() -> None:
         build(QWEN3_8B | {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": group}})
 
 
+def compressed(**group: Any) -> dict[str, Any]:
+    groups = {"g0": {"weights": CT_WEIGHTS} | group}
+    return QWEN3_8B | {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+
+
+def test_a_scheme_for_some_modules_alone_is_refused() -> None:
+    assert build(compressed(targets=["Linear"])).quantization is not None
+    with pytest.raises(NotModelled, match=r"quantises re:\.\*self_attn\.\* alone"):
+        build(compressed(targets=["re:.*self_attn.*"]))
+    with pytest.raises(NotModelled, match=r"their own GPTQ format \(dynamic\)"):
+        build(QWEN3_8B | {"quantization_config": {"quant_method": "gptq", "bits": 4, "dynamic": {"-:.*mlp.*": {}}}})
+
+
+def test_a_broken_regular_expression_among_the_ignored_modules_is_refused() -> None:
+    config = compressed()
+    config["quantization_config"]["ignore"] = ["lm_head", "re:("]
+    with pytest.raises(PlannerError, match=r"quantization_config\.ignore holds a broken regular expression, 're:\('"):
+        build(config)
+
+
 def test_a_float32_checkpoint_has_four_bytes_a_weight() -> None:
     assert build(QWEN3_8B | {"torch_dtype": "float32"}).torch_dtype_bytes == 4
     assert catalog.model("santacoder").torch_dtype_bytes == 4

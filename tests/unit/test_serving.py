@@ -489,3 +489,10 @@ def test_a_sweep_of_the_v0_engine_needs_its_batch() -> None:
 def test_versions_are_read_from_the_words_of_logs() -> None:
     assert parse_version("v0.10.2") == (0, 10, 2)
     assert parse_version("~0.12/0.13 (2025-12-17)") == (0, 12, 0)
+
+
+def test_fewer_tokens_a_step_than_sequences_are_refused_as_vllm_does() -> None:
+    with pytest.raises(PlannerError, match="refuses 128 sequences in steps of 64 tokens"):
+        serve("qwen3-8b", 8192, max_num_seqs=128, max_num_batched_tokens=64)
+    assert serve("qwen3-8b", 8192, max_num_seqs=64, max_num_batched_tokens=64).fits
+    assert serve("qwen3-8b", 8192, max_num_batched_tokens=64).max_num_seqs == 64

@@ -72,6 +72,46 @@ def test_there_is_one_answer_for_each_task_and_context_in_the_order_asked() -> N
     assert answer.fits
 
 
+def test_data_parallel_training_may_use_any_number_of_a_vms_gpus() -> None:
+    argv = ("--model", "qwen3-8b", "--ctx", "8k", "--task", "finetune", "--sku", "ND96isr_H100_v5")
+    (answer,) = asked(*argv, "--parallelism", "ddp", "--n-gpus", "3").answers
+    assert (answer.fits, answer.gpus, answer.link) == (True, 3, "")
+
+
+def test_tp_spreads_fine_tuning_on_cards_too_and_pipeline_stages_do_not() -> None:
+    argv = ("--model", "qwen3-8b", "--ctx", "8k", "--tp", "2", "--pp", "2")
+    gpus = {a.task: a.gpus for a in asked(*argv, "--gpu", "h100-nvl").answers}
+    assert gpus == {"serve": 4, "finetune": 2}
+    gpus = {a.task: a.gpus for a in asked(*argv, "--sku", "ND96isr_H100_v5").answers}
+    assert gpus == {"serve": 4, "finetune": 2}
+
+
+def test_where_nothing_fits_the_largest_size_that_can_run_it_says_what_is_too_big() -> None:
+    # the AMD size is larger, but does not run bitsandbytes
+    argv = ("--model", "llama-3.3-70b", "--ctx", "128k", "--task", "finetune", "--micro-batch", "64")
+    (answer,) = asked(*argv).answers
+    assert not answer.fits
+    assert answer.gpu.startswith("h200")
+    assert answer.reason.endswith("GiB)")
+
+
+def test_a_packed_checkpoint_is_served_and_its_fine_tuning_left_out_with_a_note(tmp_path: Path) -> None:
+    config = catalog.load_config("qwen3-8b") | {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    answer = asked("--model", str(tmp_path), "--ctx", "8k", "--gpu", "a10")
+    assert [a.task for a in answer.answers] == ["serve"]
+    assert any("fine-tuning is left out" in note for note in answer.notes)
+    estimate = answer.answers[0].estimate
+    assert estimate is not None
+    # LLM.int8: a byte a weight and a float32 a row in the linear layers, 16 bits for embedding, head and norms
+    per_layer = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (24_576, 4096), "down": (4096, 12_288)}
+    linear = 36 * sum(rows * cols + 4 * rows for rows, cols in per_layer.values())
+    plain = 2 * (2 * 151_936 * 4096 + 36 * (2 * 4096 + 2 * 128) + 4096)
+    assert estimate.component("weights").expected_bytes == linear + plain
+
+
 def test_the_head_of_the_answer_is_the_model() -> None:
     answer = size(spec("qwen3-8b"), request(8192))
     assert (answer.model, answer.hub_id) == ("qwen3-8b", "Qwen/Qwen3-8B")

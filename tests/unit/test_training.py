@@ -457,11 +457,59 @@ def test_experts_that_transformers_5_fuses_stay_in_16_bits_and_a_note_says_so() 
         assert part(answer, "weights") > 2 * experts
         older = train(name, method="qlora", trainer="transformers-4")
         assert part(older, "weights") < experts
-        assert not older.notes
+        assert not any("leaves in 16 bits" in note for note in older.notes)
 
 
 def test_a_vision_tower_counts_as_weights_and_a_note_says_so() -> None:
     assert any("vision tower" in note for note in train("gemma-3-4b", method="lora").notes)
+
+
+def test_8_bit_adam_keeps_the_embeddings_moments_in_fp32_under_the_trainer() -> None:
+    # Qwen3-8B: 151,936 x 4,096 embedding parameters take 8 B of state; the rest 2 B and 8 B for each 256
+    embedding = 151_936 * 4096
+    rest = QWEN - embedding
+    answer = train("qwen3-8b", method="full", optimizer="adamw_8bit")
+    state = part(answer, "optimizer state", "optimizer step")
+    assert state == pytest.approx(8 * embedding + 2 * rest + 8 * rest / 256, abs=64)
+    torchtune = train("qwen3-8b", method="full", optimizer="adamw_8bit", trainer="torchtune")
+    assert part(torchtune, "optimizer state", "optimizer step") == pytest.approx(2 * QWEN + 8 * QWEN / 256, abs=64)
+
+
+def test_deepspeed_hands_the_layers_16_bit_weights_whatever_they_were_loaded_as() -> None:
+    def at(width: str) -> TrainingMemory:
+        return train("qwen3-8b", method="full", weights_dtype=width, parallelism="zero3", n_gpus=8)
+
+    for name in ("loss, backward", "backward of the last layer"):
+        assert instant(at("fp32"), name) == instant(at("bf16"), name)
+
+
+@pytest.mark.parametrize("parallelism", ["fsdp", "fsdp2"])
+def test_fsdp_that_offloads_parameters_steps_on_the_cpu(parallelism: Parallelism) -> None:
+    answer = train("qwen3-8b", method="full", parallelism=parallelism, n_gpus=8, offload=frozenset({"parameters"}))
+    step = instant(answer, "optimizer step").parts
+    assert not {"optimizer state", "step temporaries", "gradients", "weights"} & set(step)
+
+
+def test_the_reference_model_of_dpo_is_as_wide_as_the_weights() -> None:
+    for width, each in (("bf16", 2), ("fp32", 4)):
+        answer = train("qwen3-8b", method="full", task="dpo", weights_dtype=width)
+        assert part(answer, "reference model") == each * QWEN
+
+
+def test_offloaded_activations_without_checkpointing_are_refused() -> None:
+    with pytest.raises(NotModelled, match="add --gradient-checkpointing"):
+        train("qwen3-8b", offload=frozenset({"activations"}), gradient_checkpointing=False)
+
+
+def test_packed_checkpoints_are_not_trained_on_and_mxfp4_is_unpacked() -> None:
+    config = catalog.load_config("qwen3-8b") | {
+        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}
+    }
+    packed = spec_from_config(config, name="qwen3-8b-awq", source="")
+    for method in ("full", "lora", "qlora"):
+        with pytest.raises(NotModelled, match=r"is stored as awq, .* name its 16-bit checkpoint"):
+            training_memory(packed, FinetuneSettings(method=method, seq_len=4096))
+    assert any("unpacked to 16 bits" in note for note in train("gpt-oss-20b", method="lora").notes)
 
 
 def test_an_unknown_trainer_is_refused_with_the_nearest() -> None:
