@@ -111,7 +111,9 @@ def size(
         str | None, _train("adamw_torch_fused, adamw_torch, adamw_8bit, sgd ... [default: the trainer's]")
     ] = None,
     loss: Annotated[str | None, _train("chunked, liger, hf, in_place ... [default: the trainer's]")] = None,
-    gradient_checkpointing: Annotated[bool, _train("recompute the layers in the backward.")] = True,
+    gradient_checkpointing: Annotated[
+        bool | None, _train("recompute the layers in the backward. [default: the trainer's]")
+    ] = None,
     attention: Annotated[str | None, _train("flash, efficient or eager. [default: what the card allows]")] = None,
     parallelism: Annotated[str, _train("none, ddp, zero1, zero2, zero3, fsdp or fsdp2.")] = "none",
     n_gpus: Annotated[int, _train("GPUs of the run.", min=1)] = 1,

@@ -57,7 +57,9 @@ def _traced(text: str, settings: FinetuneSettings, row: ContextAnswer) -> Contex
         method=chosen.method,
         seq_len=chosen.seq_len,
         micro_batch=chosen.micro_batch,
-        gradient_checkpointing=chosen.gradient_checkpointing,
+        gradient_checkpointing=(
+            stack.checkpoints if chosen.gradient_checkpointing is None else chosen.gradient_checkpointing
+        ),
         loss=loss,
         lora_rank=chosen.lora_rank,
         target_modules=chosen.lora_targets,

@@ -28,7 +28,8 @@ none          mean of the hidden states; an oracle's baseline
 class Trainer(Frozen):
     """A fine-tuning stack's defaults.
 
-    checkpointing: none, reentrant, non_reentrant or offloaded
+    checkpoints: gradient checkpointing is on unless it is switched off; checkpointing: which kind it is when on,
+        reentrant, non_reentrant or offloaded ("none": the trainer has none of its own, non_reentrant is meant)
     adapter_on_quantized: width of LoRA adapters on a quantised base; autocast: 16-bit autocast around the step
     kernels: the fused operations; experts_are_linear: routed experts are nn.Linear modules (transformers 4)
     embedding_state_32bit: 8-bit Adam keeps the embedding's moments in fp32 (Trainer.create_optimizer of transformers 5)
@@ -37,6 +38,7 @@ class Trainer(Frozen):
     name: str
     label: str
     loss: LossHead
+    checkpoints: bool
     checkpointing: Literal["none", "reentrant", "non_reentrant", "offloaded"]
     optimizer: str
     adapter_on_quantized: Literal["bf16", "fp32"]

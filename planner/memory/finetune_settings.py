@@ -60,7 +60,7 @@ class FinetuneSettings(Frozen):
     autocast: bool | None = None
     optimizer: Optimizer | None = None
     optimizer_in_backward: bool = False
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool | None = None
     checkpointing: Checkpointing | None = None
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     attention: AttentionKernel | None = None
@@ -126,7 +126,8 @@ def resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool
     attention: AttentionKernel = settings.attention or ("flash" if flash else "eager")
     adapter = settings.adapter_dtype or (stack.adapter_on_quantized if quantized else "fp32")
     checkpointing: Checkpointing = "none"
-    if settings.gradient_checkpointing:
+    recomputes = settings.gradient_checkpointing
+    if stack.checkpoints if recomputes is None else recomputes:
         default = "non_reentrant" if stack.checkpointing in ("none", "offloaded") else stack.checkpointing
         checkpointing = settings.checkpointing or default  # type: ignore[assignment]
     if "activations" in settings.offload and checkpointing == "none":

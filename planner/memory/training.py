@@ -213,6 +213,8 @@ def _instants(job: Run, static: Static, tapes: _Tapes) -> tuple[Instant, ...]:
     untied = 0 if job.spec.tied_embeddings else tapes.embedding_gradient
     own = worst.kept if worst.kept else static.gradients // max(1, layers)
     late = max(0, static.gradients - (own + untied) // _grad_shards(job))
+    # the head's gradient is FSDP's root unit's, which is reduced only when the backward is over
+    root_held = tapes.embedding_gradient if s.parallelism.startswith("fsdp") else 0
     widest_forward = max(layer.bytes.forward_peak for layer in tapes.layers)
     widest_saved = max(layer.bytes.saved for layer in tapes.layers)
 
@@ -233,7 +235,11 @@ def _instants(job: Run, static: Static, tapes: _Tapes) -> tuple[Instant, ...]:
         instant("loss, backward", carried, alive, tapes.head.backward_peak),
         instant("backward of the last layer", carried + head_kept, above, worst.backward_peak, layer_gather=True),
         instant(
-            "backward of the first layer", max(carried, late), held or kept(1), worst.backward_peak, layer_gather=True
+            "backward of the first layer",
+            max(carried, late) + root_held,
+            held or kept(1),
+            worst.backward_peak,
+            layer_gather=True,
         ),
     ]
     if not checkpointed:
@@ -241,7 +247,10 @@ def _instants(job: Run, static: Static, tapes: _Tapes) -> tuple[Instant, ...]:
     if tapes.embedding_gradient:
         # a tied embedding's own gradient is summed with the head's into a third tensor
         tied = 2 * tapes.embedding_gradient if job.spec.tied_embeddings else 0
-        result.append(instant("backward of the embedding", static.gradients, 0, tied + tapes.checkpoint))
+        own_whole = root_held if not job.spec.tied_embeddings else 0
+        result.append(
+            instant("backward of the embedding", static.gradients + root_held, 0, tied + own_whole + tapes.checkpoint)
+        )
     return tuple(result)
 
 

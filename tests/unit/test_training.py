@@ -483,6 +483,25 @@ def test_deepspeed_hands_the_layers_16_bit_weights_whatever_they_were_loaded_as(
         assert instant(at("fp32"), name) == instant(at("bf16"), name)
 
 
+def test_whether_layers_are_recomputed_is_the_trainers_default_until_it_is_said() -> None:
+    # TRL, Unsloth and torchtune checkpoint; transformers' own Trainer and LitGPT do not
+    for name, default in (("trl", True), ("transformers", False), ("litgpt", False), ("unsloth", True)):
+        unsaid, said = (
+            train("qwen3-8b", trainer=name, gradient_checkpointing=how).allocated_bytes for how in (None, default)
+        )
+        assert unsaid == said
+        assert unsaid != train("qwen3-8b", trainer=name, gradient_checkpointing=not default).allocated_bytes
+
+
+def test_fsdp_holds_the_whole_gradient_of_its_root_unit_until_the_backward_is_over() -> None:
+    # embedding and head sit in the root unit, reduced last: 151,936 x 4,096 x 2 B of the head wait unsharded
+    def gradients(parallelism: Parallelism) -> int:
+        answer = train("qwen3-8b", method="full", parallelism=parallelism, n_gpus=8)
+        return part(answer, "gradients", "backward of the first layer")
+
+    assert gradients("fsdp2") - gradients("zero3") == 2 * 151_936 * 4096
+
+
 @pytest.mark.parametrize("parallelism", ["fsdp", "fsdp2"])
 def test_fsdp_that_offloads_parameters_steps_on_the_cpu(parallelism: Parallelism) -> None:
     answer = train("qwen3-8b", method="full", parallelism=parallelism, n_gpus=8, offload=frozenset({"parameters"}))

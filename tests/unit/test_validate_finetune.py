@@ -332,6 +332,7 @@ def test_a_torchtune_row_steps_in_the_backward_with_paged_8_bit_states() -> None
     assert wanted == {
         "method": "full",
         "trainer": "torchtune",
+        "gradient_checkpointing": True,
         "seq_len": 2048,
         "micro_batch": 2,
         "autocast": False,
