@@ -322,6 +322,13 @@ def gpus_of(settings: Settings) -> int:
     return settings.n_gpus
 
 
+def spread_flags(settings: Settings) -> str:
+    """The options that say over how many GPUs the workload spreads, for a refusal's advice."""
+    if isinstance(settings, ServingSettings):
+        return "--tp or --pp"
+    return "--tp" if settings.parallelism == "none" else "--n-gpus"
+
+
 def gpu_options(settings: Settings, size: VmSku, gpus: int | None = None) -> tuple[int, ...]:
     """How many GPUs of one VM the workload may use.
 
@@ -347,8 +354,8 @@ def fit_size(
     if not options:
         wanted = gpus or gpus_of(settings)
         raise PlannerError(
-            f"{size.short_name} has {available} GPU{'s' if available > 1 else ''}, not {wanted}: lower --tp or --pp, or"
-            " take more GPUs"
+            f"{size.short_name} has {available} GPU{'s' if available > 1 else ''}, not {wanted}:"
+            f" lower {spread_flags(settings)}, or take a larger size"
         )
     last: Fit | Misfit | None = None
     for count in options:

@@ -30,6 +30,7 @@ from planner.fit import (
     misfit_sentence,
     remedies,
     smallest,
+    spread_flags,
     with_context,
 )
 from planner.memory.estimate import MemoryEstimate
@@ -394,7 +395,8 @@ def _best_effort(spec: ModelSpec, settings: Settings, headroom: float, gpus: int
     """The Misfit on the largest Azure size that can run it; where all refuse, a CUDA card's refusal."""
     sizes = [s for s in candidates() if gpu_options(settings, s, gpus)]
     if not sizes:
-        raise PlannerError(f"no Azure size has {gpus or gpus_of(settings)} GPUs in one VM: lower --tp or --pp")
+        wanted = gpus or gpus_of(settings)
+        raise PlannerError(f"no Azure size has {wanted} GPUs in one VM: lower {spread_flags(settings)}")
 
     refused: list[Fit | Misfit] = []
     for size in sorted(sizes, key=lambda s: gpu_of(s).usable_bytes * (s.gpu_count or 0), reverse=True):

@@ -238,7 +238,11 @@ def test_a_wrong_command_line_is_a_usage_error(argv: tuple[str, ...]) -> None:
         (("--enable-lora", "--max-lora-rank", "24"), "vLLM has no --max-lora-rank 24: choose one of 1, 8, 16"),
         (("--draft-model", "llama-3.2-1b"), "vLLM refuses a draft with another vocabulary"),
         (("--offload", "activations", "--no-gradient-checkpointing"), "add --gradient-checkpointing"),
-        (("--pp", "16"), "no Azure size has 16 GPUs"),
+        (("--pp", "16"), "no Azure size has 16 GPUs in one VM: lower --tp or --pp"),
+        (
+            ("--task", "finetune", "--n-gpus", "16", "--parallelism", "fsdp2"),
+            "no Azure size has 16 GPUs in one VM: lower --n-gpus",
+        ),
         (("--tp", "4", "--pp", "2", "--sku", "NC24ads_A100_v4"), "has 1 GPU, not 8"),
     ],
 )
