@@ -34,7 +34,7 @@ from planner.fit import (
     with_context,
 )
 from planner.memory.estimate import MemoryEstimate
-from planner.memory.finetune_settings import DEQUANTIZED, resolve
+from planner.memory.finetune_settings import packed_refusal, resolve, stored_base
 from planner.memory.kv import BLOCK_TOKENS
 from planner.memory.serving import KvPerSequence, ServingMemory, ServingSettings, rank_layout
 from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
@@ -197,52 +197,16 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
         raise PlannerError(f"a headroom of {headroom:g} is not a share of the GPU: write 0.1 for a tenth")
     task, tp = options["task"], options["tp"]
     finetune = serve = None
-    if task != "finetune":
-        check_parallel(spec, tp or 1, options["pipeline_parallel_size"])
     if task in ("serve", "both"):
-        draft = load_model(options["draft_model"]) if options["draft_model"] else None
-        if draft is not None and draft.vocab_size != spec.vocab_size:
-            raise PlannerError(
-                f"{draft.name} has {draft.vocab_size:,} tokens and {spec.name} {spec.vocab_size:,}, and vLLM refuses a"
-                " draft with another vocabulary: choose one of the model's own family"
-            )
-        ranks: list[int] = constant("lora_ranks")
-        if options["enable_lora"] and options["max_lora_rank"] not in ranks:
-            raise PlannerError(
-                f"vLLM has no --max-lora-rank {options['max_lora_rank']}: choose one of {', '.join(map(str, ranks))}"
-            )
-        if options["block_size"] % BLOCK_TOKENS:
-            raise PlannerError(
-                f"--block-size {options['block_size']} is not a multiple of {BLOCK_TOKENS}: use 16 or 32"
-            )
-        if options["num_speculative_tokens"] and draft is None:
-            raise PlannerError("--num-speculative-tokens needs a model that drafts them: add --draft-model")
-        serve = _checked(
-            ServingSettings,
-            {name: options[name] for name in _SERVE_OPTIONS}
-            | {
-                "max_model_len": max(contexts),
-                "tensor_parallel_size": tp or 1,
-                "draft": draft,
-                "draft_tokens": options["num_speculative_tokens"] or (1 if draft else 0),
-                "hybrid_kv_cache": False if options["disable_hybrid_kv_cache_manager"] else None,
-            },
-        )
-    packed = spec.quantization.method if spec.quantization else None
-    if task == "both" and packed and packed not in DEQUANTIZED:
-        note = f"fine-tuning is left out: {packed} weights are not trained on; name the model's 16-bit checkpoint"
-        spec = spec.model_copy(update={"notes": (*spec.notes, note)})
-    elif task in ("finetune", "both"):
-        finetune = _checked(
-            FinetuneSettings,
-            {name: options[name] for name in _FINETUNE_OPTIONS}
-            | {
-                "seq_len": max(contexts),
-                "lora_targets": _lora_targets(options["lora_targets"]),
-                "offload": frozenset(part.strip() for part in options["offload"].split(",") if part.strip()),
-                "task": "dpo" if options["dpo"] else "sft",
-            },
-        )
+        check_parallel(spec, tp or 1, options["pipeline_parallel_size"])
+        serve = _serving(spec, options, max(contexts))
+    if task in ("finetune", "both"):
+        finetune = _finetuning(spec, options, max(contexts))
+        refusal = packed_refusal(spec, finetune)
+        if refusal and task == "both":
+            note = f"fine-tuning is left out: {refusal}"
+            spec, finetune = spec.model_copy(update={"notes": (*spec.notes, note)}), None
+    if finetune is not None:
         trainer(finetune.trainer)
         if finetune.method != "full":
             lora_targets(spec, finetune.lora_targets)
@@ -259,6 +223,51 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
         gpus=tp * (serve.pipeline_parallel_size if serve else 1) if tp else None,
         headroom=headroom,
         rope_factor=rope,
+    )
+
+
+def _serving(spec: ModelSpec, options: Mapping[str, Any], context: int) -> ServingSettings:
+    """The serving options; PlannerError for those that vLLM refuses whatever the card."""
+    draft = load_model(options["draft_model"]) if options["draft_model"] else None
+    if draft is not None and draft.vocab_size != spec.vocab_size:
+        raise PlannerError(
+            f"{draft.name} has {draft.vocab_size:,} tokens and {spec.name} {spec.vocab_size:,}, and vLLM refuses a"
+            " draft with another vocabulary: choose one of the model's own family"
+        )
+    ranks: list[int] = constant("lora_ranks")
+    if options["enable_lora"] and options["max_lora_rank"] not in ranks:
+        raise PlannerError(
+            f"vLLM has no --max-lora-rank {options['max_lora_rank']}: choose one of {', '.join(map(str, ranks))}"
+        )
+    if options["block_size"] % BLOCK_TOKENS:
+        raise PlannerError(f"--block-size {options['block_size']} is not a multiple of {BLOCK_TOKENS}: use 16 or 32")
+    if options["num_speculative_tokens"] and draft is None:
+        raise PlannerError("--num-speculative-tokens needs a model that drafts them: add --draft-model")
+    return _checked(
+        ServingSettings,
+        {name: options[name] for name in _SERVE_OPTIONS}
+        | {
+            "max_model_len": context,
+            "tensor_parallel_size": options["tp"] or 1,
+            "draft": draft,
+            "draft_tokens": options["num_speculative_tokens"] or (1 if draft else 0),
+            "hybrid_kv_cache": False if options["disable_hybrid_kv_cache_manager"] else None,
+        },
+    )
+
+
+def _finetuning(spec: ModelSpec, options: Mapping[str, Any], context: int) -> FinetuneSettings:
+    """The fine-tuning options, with adapters on a packed checkpoint as it is packed."""
+    return _checked(
+        FinetuneSettings,
+        {name: options[name] for name in _FINETUNE_OPTIONS}
+        | {
+            "seq_len": context,
+            "lora_targets": _lora_targets(options["lora_targets"]),
+            "offload": frozenset(part.strip() for part in options["offload"].split(",") if part.strip()),
+            "task": "dpo" if options["dpo"] else "sft",
+            "base_quantization": stored_base(spec) or "nf4-double",
+        },
     )
 
 

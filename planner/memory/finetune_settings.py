@@ -95,17 +95,38 @@ DEQUANTIZED = ("mxfp4", "fp8")  # transformers unpacks these while loading: Mxfp
 _ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
+def stored_base(spec: ModelSpec) -> BaseQuantization | None:
+    """The base quantisation that adapters on a packed checkpoint find there; None for what is not modelled."""
+    stored = spec.quantization
+    if stored is None or stored.bits not in (4, 8):
+        return None
+    if stored.method == "gptq":
+        return "gptq4" if stored.bits == 4 else "gptq8"
+    if stored.method == "bitsandbytes":
+        return "int8" if stored.bits == 8 else "nf4-double" if stored.double_quant else "nf4"
+    return None
+
+
+def packed_refusal(spec: ModelSpec, settings: FinetuneSettings) -> str:
+    """Why this checkpoint cannot be trained on in that way, in one sentence; empty when it can."""
+    stored = spec.quantization
+    if stored is None or stored.method in DEQUANTIZED:
+        return ""
+    if settings.method in ("qlora", "qdora") and settings.base_quantization == stored_base(spec):
+        return ""
+    return (
+        f"{spec.name} is stored as {stored.method}, and training it with {settings.method} is not modelled:"
+        " name its 16-bit checkpoint"
+    )
+
+
 def resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool, hopper: bool) -> Run:
     stack = trainer(settings.trainer)
     trains_all = settings.method == "full"
     quantized = settings.method in ("qlora", "qdora")
-    stored = spec.quantization.method if spec.quantization else None
-    kept = quantized and stored == "gptq" and settings.base_quantization.startswith("gptq")
-    if stored is not None and stored not in DEQUANTIZED and not kept:
-        raise NotModelled(
-            f"{spec.name} is stored as {stored}, and training on packed weights is not modelled:"
-            " name its 16-bit checkpoint (--method qlora packs that one)"
-        )
+    refusal = packed_refusal(spec, settings)
+    if refusal:
+        raise NotModelled(refusal)
     if settings.weights_dtype == "bf16" and not bf16 and trains_all:
         raise PlannerError(
             "this GPU has no bf16, and fp16 weights cannot be trained in full: keep fp32 masters"

@@ -100,7 +100,7 @@ def test_a_packed_checkpoint_is_served_and_its_fine_tuning_left_out_with_a_note(
         "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}
     }
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    answer = asked("--model", str(tmp_path), "--ctx", "8k", "--gpu", "a10")
+    answer = asked("--model", str(tmp_path), "--ctx", "8k", "--gpu", "a10", "--method", "lora")
     assert [a.task for a in answer.answers] == ["serve"]
     assert any("fine-tuning is left out" in note for note in answer.notes)
     estimate = answer.answers[0].estimate

@@ -526,9 +526,20 @@ def test_packed_checkpoints_are_not_trained_on_and_mxfp4_is_unpacked() -> None:
     }
     packed = spec_from_config(config, name="qwen3-8b-awq", source="")
     for method in ("full", "lora", "qlora"):
-        with pytest.raises(NotModelled, match=r"is stored as awq, .* name its 16-bit checkpoint"):
+        with pytest.raises(NotModelled, match=r"is stored as awq, .*: name its 16-bit checkpoint"):
             training_memory(packed, FinetuneSettings(method=method, seq_len=4096))
     assert any("unpacked to 16 bits" in note for note in train("gpt-oss-20b", method="lora").notes)
+
+
+def test_adapters_on_a_checkpoint_that_bitsandbytes_packed_are_qlora() -> None:
+    config = catalog.load_config("qwen3-8b") | {
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True}
+    }
+    packed = spec_from_config(config, name="qwen3-8b-bnb-4bit", source="")
+    qlora = FinetuneSettings(method="qlora", seq_len=4096)
+    assert training_memory(packed, qlora).allocated_bytes == train("qwen3-8b").allocated_bytes
+    with pytest.raises(NotModelled, match="training it with lora is not modelled"):
+        training_memory(packed, FinetuneSettings(method="lora", seq_len=4096))
 
 
 def test_an_unknown_trainer_is_refused_with_the_nearest() -> None:
