@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from planner.catalog import load_config, load_model
-from planner.catalog.trainers import trainer
 from planner.errors import NotModelled, PlannerError
 from planner.fit import with_context, with_gpus
+from planner.memory.finetune_settings import resolve
 from planner.memory.training import FinetuneSettings, training_memory
+from planner.model import VISION_PARTS
 from planner.size import ContextAnswer, SizeAnswer, SizeRequest, TracedPeak
 
 _TRACED_OPTIMIZERS: dict[str, Literal["adamw_torch", "adamw_torch_fused", "sgd"]] = {
@@ -40,16 +41,13 @@ def _traced(text: str, settings: FinetuneSettings, row: ContextAnswer) -> Contex
         raise NotModelled("qlora with DoRA (qdora) is not traced: choose qlora or dora, or drop --trace")
     if chosen.task == "dpo" or chosen.trained_embeddings or chosen.optimizer_in_backward:
         raise NotModelled("the trace knows SFT with full, lora, qlora and dora: drop --trace for this run")
-    stack = trainer(chosen.trainer)
-    loss = chosen.loss or stack.loss
-    optimizer = chosen.optimizer or stack.optimizer
-    if loss not in ("hf", "chunked", "none") or any(stack.kernels.values()):
-        raise NotModelled(f"the trace runs the losses hf and chunked of plain transformers and TRL, not {loss!r}")
-    if optimizer not in _TRACED_OPTIMIZERS:
-        raise NotModelled(f"the trace knows adamw_torch, adamw_torch_fused and sgd, not {optimizer}: choose one")
-    quantized = chosen.method == "qlora"
-    adapter = chosen.adapter_dtype or (stack.adapter_on_quantized if quantized else "fp32")
-    autocast = stack.autocast if chosen.autocast is None else chosen.autocast
+    spec = load_model(text)
+    job = resolve(spec, chosen, bf16=True, flash=True, hopper=False)
+    if job.loss not in ("hf", "chunked", "none") or any(job.trainer.kernels.values()):
+        raise NotModelled(f"the trace runs the losses hf and chunked of plain transformers and TRL, not {job.loss!r}")
+    if job.optimizer not in _TRACED_OPTIMIZERS:
+        raise NotModelled(f"the trace knows adamw_torch, adamw_torch_fused and sgd, not {job.optimizer}: choose one")
+    autocast = job.autocast
     if chosen.method == "full" and chosen.weights_dtype != "fp32":
         autocast = False  # nothing to cast, and transformers trains pure 16-bit weights without it
     trace = trace_training(
@@ -57,24 +55,19 @@ def _traced(text: str, settings: FinetuneSettings, row: ContextAnswer) -> Contex
         method=chosen.method,
         seq_len=chosen.seq_len,
         micro_batch=chosen.micro_batch,
-        gradient_checkpointing=(
-            stack.checkpoints if chosen.gradient_checkpointing is None else chosen.gradient_checkpointing
-        ),
-        loss=loss,
+        gradient_checkpointing=job.checkpointing != "none",
+        loss=job.loss,
         lora_rank=chosen.lora_rank,
         target_modules=chosen.lora_targets,
-        adapter_dtype="fp32" if adapter == "fp32" else "bf16",
+        adapter_dtype="fp32" if job.adapter_itemsize == 4 else "bf16",
         autocast=autocast,
-        optimizer=_TRACED_OPTIMIZERS[optimizer],
+        optimizer=_TRACED_OPTIMIZERS[job.optimizer],
         base_dtype="fp32" if chosen.weights_dtype == "fp32" else "bf16",
         kbit_prepare=chosen.kbit_prepare,
-        attention="eager" if chosen.attention == "eager" else "flash",
+        attention="eager" if job.attention == "eager" else "flash",
         accumulate=chosen.gradient_accumulation_steps > 1,
     )
-    spec = load_model(text)
-    text_only = spec.model_copy(
-        update={"tensors": tuple(t for t in spec.tensors if t.part not in ("vision", "projector"))}
-    )
+    text_only = spec.model_copy(update={"tensors": tuple(t for t in spec.tensors if t.part not in VISION_PARTS)})
     planned = training_memory(text_only, chosen.model_copy(update={"autocast": autocast}))
     peak = max(planned.instants, key=lambda instant: instant.total_bytes)
     planned_bytes = peak.total_bytes - peak.parts.get("workspace", 0)

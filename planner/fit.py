@@ -94,19 +94,10 @@ def _size_key(size: VmSku) -> tuple[Any, ...]:
     return (preview, unsure, memory, confidential, size.vcpu or 0, size.ram_gib or 0, size.name)
 
 
-def capability(card: Gpu) -> tuple[int, int]:
-    """(major, minor) of a CUDA card. AMD cards count as Hopper class for vLLM's defaults."""
-    if not card.compute_capability[0].isdigit():
-        return (9, 0)
-    major, minor = card.compute_capability.split(".")
-    return int(major), int(minor)
-
-
 def check_card(spec: ModelSpec, settings: Settings, card: Gpu) -> None:
     """Refuses in one sentence what the card cannot run: its quantisation, its KV type, or a model without fp16."""
-    cuda = card.compute_capability[0].isdigit()
     if isinstance(settings, FinetuneSettings):
-        if not cuda and settings.method in ("qlora", "qdora"):
+        if not card.is_cuda and settings.method in ("qlora", "qdora"):
             raise PlannerError(f"bitsandbytes' 4-bit training on {card.label} is not modelled: take an NVIDIA card")
         return
     if not card.supports_bf16 and _needs_bf16(spec):
@@ -115,21 +106,21 @@ def check_card(spec: ModelSpec, settings: Settings, card: Gpu) -> None:
             " take an Ampere or newer card"
         )
     lowest = engine(settings.engine_version).minimum_compute_capability
-    if cuda and capability(card) < lowest:
+    if card.is_cuda and card.capability < lowest:
         raise PlannerError(
             f"vLLM {engine(settings.engine_version).version} needs compute capability {lowest[0]}.{lowest[1]} and"
             f" {card.label} has {card.compute_capability}: take a newer card, or --engine-version 0.19.0"
         )
-    if cuda and any(group.kind == "mla" for group in spec.layers):
+    if card.is_cuda and any(group.kind == "mla" for group in spec.layers):
         lowest = tuple(constant("minimum_capability_mla"))
-        if capability(card) < lowest:
+        if card.capability < lowest:
             raise PlannerError(
                 f"{card.label} (compute capability {card.compute_capability}) cannot run vLLM's multi-head latent"
                 f" attention, which {spec.name} needs: take an Ampere or newer card"
             )
     method = spec.quantization.method if spec.quantization else settings.quantization
     minimum = _minimum_capability(method)
-    if cuda and minimum and capability(card) < minimum:
+    if card.is_cuda and minimum and card.capability < minimum:
         raise PlannerError(
             f"{card.label} (compute capability {card.compute_capability}) cannot run {method} weights, which need"
             f" {minimum[0]}.{minimum[1]}: use 16-bit weights, gptq, or a newer card"
@@ -161,7 +152,7 @@ def demand(spec: ModelSpec, settings: Settings, card: Gpu) -> ServingMemory | Tr
             spec,
             settings,
             usable_bytes=card.usable_bytes,
-            compute_capability=capability(card),
+            compute_capability=card.capability,
             device_name=card.label,
         )
     return training_memory(
@@ -267,16 +258,7 @@ def largest_context(
         chunked = not engine(settings.engine_version).whole_prompt_batches
         if chunked and settings.concurrency == 1 and not headroom:
             return memory.max_context
-    limit = max(spec.max_context, context_of(settings))
-
-    def slack(tokens: int) -> int:
-        try:
-            there = demand(spec, with_context(settings, tokens), card)
-        except PlannerError:
-            return -1
-        return slack_bytes(there, card.usable_bytes, headroom)
-
-    return _last_that_fits(slack, limit)
+    return _reach(spec, settings, card, 1, max(spec.max_context, context_of(settings)), headroom)
 
 
 def _last_that_fits(slack: Callable[[int], int], limit: int) -> int:

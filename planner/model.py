@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -26,6 +27,9 @@ Part = Literal[
 Shard = Literal["out", "in", "vocab", "kv", "none"]
 """The axis tensor parallelism splits: rows (out), columns (in), padded vocabulary rows (vocab),
 key/value rows that are replicated once tp > kv_heads (kv), or nothing: every rank holds it whole (none)."""
+
+
+VISION_PARTS: tuple[Part, ...] = ("vision", "projector")
 
 
 class Frozen(BaseModel):
@@ -64,10 +68,7 @@ class Tensor(Frozen):
     @property
     def elements(self) -> int:
         """Elements of one member of the family."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        return prod(self.shape)
 
     @property
     def parameters(self) -> int:
@@ -182,7 +183,11 @@ class ModelSpec(Frozen):
 
     @property
     def text_parameter_count(self) -> int:
-        return sum(t.parameters for t in self.tensors if t.part not in ("vision", "projector"))
+        return sum(t.parameters for t in self.tensors if t.part not in VISION_PARTS)
+
+    @property
+    def has_vision(self) -> bool:
+        return any(t.part in VISION_PARTS for t in self.tensors)
 
     @property
     def active_parameter_count(self) -> int:
@@ -205,28 +210,13 @@ def spec_from_config(config: Mapping[str, object], name: str, source: str) -> Mo
     from planner.architectures import build  # they import the types above
     from planner.architectures.quantization import dtype_bytes, quantization_of
 
-    draft = build(config, name)
+    draft = vars(build(config, name))
     return ModelSpec(
+        **(draft | {"tensors": tuple(draft["tensors"])}),
         name=name,
-        architecture=draft.architecture,
-        hidden_size=draft.hidden_size,
-        layers=draft.layers,
-        heads=draft.heads,
-        kv_heads=draft.kv_heads,
-        head_dim=draft.head_dim,
-        ffn=draft.ffn,
-        gated_mlp=draft.gated_mlp,
-        experts=draft.experts,
-        vocab_size=draft.vocab_size,
-        tied_embeddings=draft.tied_embeddings,
-        max_context=draft.max_context,
-        tensors=tuple(draft.tensors),
         quantization=quantization_of(config, name),
         torch_dtype_bytes=dtype_bytes(config, name),
-        logit_softcap=draft.logit_softcap,
-        qk_norm=draft.qk_norm,
         source=source,
-        notes=draft.notes,
     )
 
 
@@ -263,9 +253,8 @@ def lora_targets(spec: ModelSpec, targets: LoraTargets) -> tuple[Tensor, ...]:
     if targets == "attention":
         return tuple(t for t in _layers(spec) if t.part == "attention")
     if targets == "default":
-        wrapped = any(t.part == "vision" for t in spec.tensors)
         names = _PEFT_DEFAULT.get(spec.architecture)
-        if names is None or (wrapped and spec.architecture != "llama4_text"):
+        if names is None or (spec.has_vision and spec.architecture != "llama4_text"):
             raise PlannerError(
                 f"peft has no default LoRA targets for {spec.name} ({spec.architecture}): "
                 "say which, for example all-linear or attention"
@@ -335,6 +324,6 @@ def _by_name(spec: ModelSpec, names: tuple[str, ...]) -> tuple[Tensor, ...]:
     found = tuple(t for t in candidates if any(t.module == name or t.module.endswith(f".{name}") for name in kept))
     found += tuple(t for t in members if t.leaf in asked)
     if not found:
-        leaves = sorted({t.leaf for t in _layers(spec) if t.part not in ("vision", "projector")})
+        leaves = sorted({t.leaf for t in _layers(spec) if t.part not in VISION_PARTS})
         raise PlannerError(f"{spec.name} has none of these LoRA targets: its linear layers are {', '.join(leaves)}")
     return found

@@ -14,7 +14,7 @@ from planner.catalog import ModelEntry
 from planner.catalog.hardware import Gpu, VmSku, gpu_of
 from planner.fit import Step
 from planner.size import ContextAnswer, SizeAnswer, TracedPeak
-from planner.units import GIB, format_gib, format_tokens
+from planner.units import format_gib, format_tokens, gib_figure
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -34,11 +34,6 @@ TRAINING_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("activations", ("activations",)),
     ("working", ("working",)),
 )
-
-
-def _gib(size_bytes: float) -> str:
-    gib = size_bytes / GIB
-    return f"{gib:.2f}" if gib < 9.995 else f"{gib:,.1f}"
 
 
 def _table(title: str, columns: Iterable[tuple[str, str]]) -> Table:
@@ -187,7 +182,7 @@ def _cells(row: ContextAnswer, columns: Sequence[tuple[str, tuple[str, ...]]], s
         last = f"{row.sequences_at_context:,}" if row.fits else "0"
     else:
         last = format_tokens(row.largest_context) if row.largest_context else "-"
-    return [tokens, *map(_gib, shown), _gib(other), _gib(row.needed_bytes), place, last]
+    return [tokens, *map(gib_figure, shown), gib_figure(other), gib_figure(row.needed_bytes), place, last]
 
 
 def _reasons(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> list[str]:
@@ -278,7 +273,7 @@ def print_explanation(console: Console, row: ContextAnswer) -> None:
     for part in row.estimate.components:
         spread = ""
         if part.low_bytes != part.high_bytes:
-            spread = f" ({_gib(part.low_bytes)} to {_gib(part.high_bytes)})"
+            spread = f" ({gib_figure(part.low_bytes)} to {gib_figure(part.high_bytes)})"
         console.print(f"\n[bold]{part.name}[/bold]  {format_gib(part.expected_bytes)}{spread}", highlight=False)
         inputs = ", ".join(f"{key}={_plain(value)}" for key, value in part.inputs.items())
         for label, text in (("formula", part.formula), ("inputs", inputs), ("source", part.source)):
@@ -332,7 +327,7 @@ def models_table(entries: Sequence[ModelEntry], width: int) -> RenderableType:
             entry.name,
             f"{entry.parameter_count / 1e9:.2f} B",
             format_tokens(entry.max_context),
-            *([_gib(2 * entry.parameter_count)] if wide else []),
+            *([gib_figure(2 * entry.parameter_count)] if wide else []),
             entry.license,
             ", ".join(entry.use_cases),
         )
@@ -365,7 +360,7 @@ def skus_table(sizes: Sequence[VmSku], width: int) -> RenderableType:
         table.add_row(
             size.short_name,
             count + (re.sub(r"-[0-9]+q$", "", card.name) if card else size.gpu_label),
-            _gib(card.usable_bytes) if card else "-",
+            gib_figure(card.usable_bytes) if card else "-",
             *(["-" if n is None else f"{n:,}" for n in (size.vcpu, size.ram_gib)] if wide else []),
             "yes" if size.spot_supported else "no",
             "yes" if size.aks_supported == "yes" else "?" if size.aks_supported == "unverified" else "no",
@@ -393,7 +388,7 @@ def gpus_table(cards: Sequence[Gpu]) -> RenderableType:
     for card in cards:
         table.add_row(
             card.name,
-            _gib(card.usable_bytes),
+            gib_figure(card.usable_bytes),
             f"{card.bandwidth_bytes_per_s / 1e9:,.0f}",
             "-" if card.bf16_tflops is None else f"{card.bf16_tflops:g}",
             card.compute_capability,

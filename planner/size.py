@@ -22,6 +22,7 @@ from planner.fit import (
     Step,
     Task,
     candidates,
+    demand,
     fit_gpu,
     fit_size,
     gpu_options,
@@ -37,7 +38,7 @@ from planner.memory.estimate import MemoryEstimate
 from planner.memory.finetune_settings import packed_refusal, resolve, stored_base
 from planner.memory.kv import BLOCK_TOKENS
 from planner.memory.serving import KvPerSequence, ServingMemory, ServingSettings, rank_layout
-from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
+from planner.memory.training import FinetuneSettings, TrainingMemory
 from planner.memory.weights import check_parallel, weight_scheme
 from planner.model import Frozen, ModelSpec, lora_targets
 from planner.units import parse_tokens
@@ -413,7 +414,7 @@ def _best_effort(spec: ModelSpec, settings: Settings, headroom: float, gpus: int
         if isinstance(outcome, Fit) or not outcome.reason:
             return outcome
         refused.append(outcome)
-    cuda = (outcome for outcome in refused if outcome.place.gpu.compute_capability[0].isdigit())
+    cuda = (outcome for outcome in refused if outcome.place.gpu.is_cuda)
     return next(cuda, refused[0])
 
 
@@ -474,12 +475,7 @@ def _loss_heads(spec: ModelSpec, memory: TrainingMemory, card: Gpu) -> tuple[Los
     """The same run with TRL's chunked head, Liger's, and the plain one of transformers 5 and of Trainers of 2023."""
     peaks = []
     for loss in ("chunked", "liger", "hf", "hf_outputs"):
-        other = training_memory(
-            spec,
-            memory.settings.model_copy(update={"loss": loss}),
-            supports_bf16=card.supports_bf16,
-            supports_flash_attention=card.supports_flash_attention_2 is not False,
-            compute_capability=card.compute_capability,
-        )
+        other = demand(spec, memory.settings.model_copy(update={"loss": loss}), card)
+        assert isinstance(other, TrainingMemory)
         peaks.append(LossHeadPeak(loss=loss, allocated_bytes=other.allocated_bytes, peak_instant=other.peak_instant))
     return tuple(peaks)

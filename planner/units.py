@@ -40,7 +40,12 @@ def to_gib(size_bytes: float) -> float:
     return size_bytes / GIB
 
 
-def format_gib(size_bytes: float) -> str:
-    """Two decimals below 10 GiB, one above: `2.31 GiB`, `79.2 GiB`."""
+def gib_figure(size_bytes: float) -> str:
+    """GiB without the word, for columns: two decimals below 10, one above."""
     gib = to_gib(size_bytes)
-    return f"{gib:.2f} GiB" if abs(gib) < 9.995 else f"{gib:,.1f} GiB"
+    return f"{gib:.2f}" if abs(gib) < 9.995 else f"{gib:,.1f}"
+
+
+def format_gib(size_bytes: float) -> str:
+    """The figure and its unit: `2.31 GiB`, `79.2 GiB`."""
+    return f"{gib_figure(size_bytes)} GiB"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -180,19 +180,29 @@ def validate_serving(rows: Iterable[Row]) -> Validation:
     A row's own GPU total wins over the catalog's. What a row does not say is vLLM's default for that version and card
     and is listed in `assumed`. Refused: unknown shapes, cards whose usable memory is not known, other engines.
     """
-    predictions, refusals, count = [], [], 0
-    for count, row in enumerate(rows, 1):  # noqa: B007 - the count is the number of rows
+    return predict_all(rows, _predict)
+
+
+def predict_all(rows: Iterable[Row], predict: Callable[[Row], RowPrediction]) -> Validation:
+    """Every row's prediction, or the reason why it is refused."""
+    predictions, refusals = [], []
+    for row in rows:
         try:
-            predictions.append(_predict(row))
+            predictions.append(predict(row))
         except PlannerError as error:
             refusals.append(Refusal(id=row.get("id", ""), reason=str(error)))
-        except ValidationError as error:  # a cell that vLLM itself would not take, such as a utilization of 1.2
-            field = ".".join(str(part) for part in error.errors()[0]["loc"])
-            refusals.append(Refusal(id=row.get("id", ""), reason=f"the row's {field} is not a value that vLLM takes"))
-    return summarise(predictions, refusals, count)
+    return summarise(predictions, refusals, len(predictions) + len(refusals))
 
 
 def _predict(row: Row) -> RowPrediction:
+    try:
+        return _predict_engine(row)
+    except ValidationError as error:  # a cell that vLLM itself would not take, such as a utilization of 1.2
+        field = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise PlannerError(f"the row's {field} is not a value that vLLM takes") from error
+
+
+def _predict_engine(row: Row) -> RowPrediction:
     name = row["engine"].strip()
     if name.lower().startswith("vllm"):
         return _predict_vllm(row)
@@ -260,10 +270,7 @@ def _device(row: Row) -> tuple[peak.Device | None, tuple[str, ...]]:
         known = None
     if known is None and printed is None:
         return None, ()
-    capability = (8, 6)
-    if known is not None and re.fullmatch(r"\d+\.\d+", known.compute_capability):
-        major, minor = known.compute_capability.split(".")
-        capability = (int(major), int(minor))
+    capability = known.capability if known is not None and known.is_cuda else (8, 6)
     usable = int(printed * GIB) if printed is not None else known.usable_bytes if known is not None else 0
     device = peak.Device(usable_bytes=usable, compute_capability=capability, name=row["gpu"])
     return device, () if printed is not None else ("GPU total from the catalog",)

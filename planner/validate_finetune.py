@@ -13,7 +13,7 @@ from planner.memory.activations import Kernels
 from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
 from planner.model import ModelSpec
 from planner.units import GIB
-from planner.validate import Compared, Refusal, RowPrediction, Validation, compare, summarise
+from planner.validate import Compared, RowPrediction, Validation, compare, predict_all
 
 COLUMNS = (
     "id",
@@ -125,17 +125,11 @@ def validate_finetune(rows: Iterable[Mapping[str, str]]) -> Validation:
     other grades; `peak_reserved`, `peak_device` (nvidia-smi) and `peak_unstated`, which add what an allocator may keep
     and are bounds more than measurements; `out_of_memory`: 100 % for a failed run that was predicted to fit.
     """
-    predictions, refusals, count = [], [], 0
-    for row in rows:
-        count += 1
-        try:
-            predictions.append(_row_prediction(row, predict_row(row)))
-        except PlannerError as error:
-            refusals.append(Refusal(id=row["id"], reason=str(error)))
-    return summarise(predictions, refusals, count)
+    return predict_all(rows, _row_prediction)
 
 
-def _row_prediction(row: Mapping[str, str], found: FinetunePrediction) -> RowPrediction:
+def _row_prediction(row: Mapping[str, str]) -> RowPrediction:
+    found = predict_row(row)
     settings = found.memory.settings
     quantities: dict[str, Compared] = {}
     if found.measured_bytes is not None:
@@ -328,7 +322,7 @@ def _targets(row: Mapping[str, str], spec: ModelSpec) -> str | tuple[str, ...]:
 
 
 def _present(spec: ModelSpec, names: Iterable[str]) -> tuple[str, ...]:
-    known = [tensor.name.removesuffix(".weight") for tensor in spec.tensors if tensor.linear]
+    known = [tensor.module for tensor in spec.tensors if tensor.linear]
     found = tuple(dict.fromkeys(n for n in names if any(k == n or k.endswith(f".{n}") for k in known)))
     if not found:
         raise NotModelled("the row's LoRA targets are not modules of this model")

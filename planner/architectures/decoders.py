@@ -23,8 +23,6 @@ from planner.model import AttentionKind
 Builder = Callable[[Fields], Draft]
 Kinds = list[tuple[AttentionKind, int | None]]
 
-LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention", "linear_attention")
-
 
 def context_length(f: Fields, *, default: int | None = None) -> int:
     """max_position_embeddings, stretched where the config's rope scaling says that it is not yet.

@@ -60,9 +60,14 @@ Key = tuple[str, ...]
 
 
 @cache
+def read_facts(filename: str) -> dict[str, Any]:
+    """One of the catalog's JSON files, read once."""
+    facts: dict[str, Any] = json.loads((files("planner.catalog") / filename).read_text(encoding="utf-8"))
+    return facts
+
+
 def _data() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads((files("planner.catalog") / "models.json").read_text(encoding="utf-8"))
-    return data
+    return read_facts("models.json")
 
 
 @cache
@@ -208,10 +213,15 @@ def _spec(name: str, record: dict[str, Any], suffixes: tuple[QuantizedSuffix, ..
 
 def load_config(text: str) -> Mapping[str, object]:
     """The config.json behind a catalog name, folder or file, as it stands there. PlannerError for anything else."""
-    path = Path(text.strip())
-    if text.endswith(".json") or text.startswith((".", "/", "~")) or hub.holds_config(path):
-        return hub.path_config(path)[1]
+    text = text.strip()
+    if _is_path(text):
+        return hub.path_config(Path(text))[1]
     return model_entry(text).config
+
+
+def _is_path(text: str) -> bool:
+    """Whether a folder or file is meant, there or not, rather than a name."""
+    return text.endswith(".json") or text.startswith((".", "/", "~")) or hub.holds_config(Path(text))
 
 
 def load_model(text: str) -> ModelSpec:
@@ -223,9 +233,8 @@ def load_model(text: str) -> ModelSpec:
     text = text.strip()
     if not text or "\x00" in text:
         raise PlannerError("no model was named: give a catalog name, a folder, a config.json or a hub id")
-    path = Path(text)
-    if text.endswith(".json") or text.startswith((".", "/", "~")) or hub.holds_config(path):
-        return hub.load_path(path)
+    if _is_path(text):
+        return hub.load_path(Path(text))
     found = _find(text)
     if found is not None:
         return _spec(text, *found)

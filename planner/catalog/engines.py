@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cache
-from importlib.resources import files
 from typing import Any
 
+from planner.catalog import read_facts
 from planner.errors import PlannerError
 from planner.model import Frozen, Quantization
 
@@ -100,13 +99,6 @@ class QuantizationFormat(Frozen):
     note: str
 
 
-@cache
-def _data() -> dict[str, Any]:
-    text = files("planner.catalog").joinpath("engines.json").read_text(encoding="utf-8")
-    data: dict[str, Any] = json.loads(text)
-    return data
-
-
 def parse_version(text: str) -> Version:
     """`0.19.0`, `v0.10.2`, `0.11` as a tuple. PlannerError for anything without a number such as 0.19."""
     match = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
@@ -117,7 +109,7 @@ def parse_version(text: str) -> Version:
 
 def default_engine_version() -> str:
     """The version a plan uses when none is asked for."""
-    return str(_data()["default_version"])
+    return str(read_facts("engines.json")["default_version"])
 
 
 @cache
@@ -131,7 +123,7 @@ def engine(version: str | None = None) -> Engine:
     wanted = parse_version(version)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    for record in _data()["by_version"]:  # in the order of `since` within each name
+    for record in read_facts("engines.json")["by_version"]:  # in the order of `since` within each name
         if parse_version(record["since"]) <= wanted:
             values[record["name"]] = record["value"]
             sources[record["name"]] = record["source"]
@@ -150,11 +142,11 @@ def _range(numbers: list[float]) -> GibRange:
 
 def constant(name: str) -> Any:
     """A constant that no version changed, by name; see engines.json for its source."""
-    return _data()["constants"][name]["value"]
+    return read_facts("engines.json")["constants"][name]["value"]
 
 
 def constant_source(name: str) -> str:
-    return str(_data()["constants"][name]["source"])
+    return str(read_facts("engines.json")["constants"][name]["source"])
 
 
 def vision_input(architecture: str) -> VisionInput:
@@ -170,7 +162,7 @@ def vision_input(architecture: str) -> VisionInput:
 def quantization_formats() -> dict[str, QuantizationFormat]:
     """Weight formats by the name a person asks for."""
     formats = {}
-    for record in _data()["quantizations"]:
+    for record in read_facts("engines.json")["quantizations"]:
         fields = {k: v for k, v in record.items() if k not in ("name", "scale_bytes", "note", "source", "as_of")}
         formats[record["name"]] = QuantizationFormat(
             name=record["name"],

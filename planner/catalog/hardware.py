@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from datetime import date
 from fractions import Fraction
 from functools import cache
-from importlib.resources import files
-from typing import Any, Literal
+from typing import Literal
 
+from planner.catalog import read_facts
 from planner.errors import PlannerError
 from planner.model import Frozen
 
@@ -63,6 +62,18 @@ class Gpu(_Record):
     pcie_bytes_per_s: int
     cloud: bool
     notes: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.compute_capability[0].isdigit()
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """(major, minor) of a CUDA card. AMD cards count as Hopper class for vLLM's defaults."""
+        if not self.is_cuda:
+            return (9, 0)
+        major, minor = self.compute_capability.split(".")
+        return int(major), int(minor)
 
 
 class VmSku(_Record):
@@ -125,7 +136,7 @@ class LinkNote(Frozen):
 @cache
 def gpus() -> tuple[Gpu, ...]:
     """All GPUs, sorted by name."""
-    records = (Gpu.model_validate(record) for record in _read("gpus.json")["gpus"])
+    records = (Gpu.model_validate(record) for record in read_facts("gpus.json")["gpus"])
     return tuple(sorted(records, key=lambda gpu: gpu.name))
 
 
@@ -133,7 +144,7 @@ def gpus() -> tuple[Gpu, ...]:
 def skus() -> tuple[VmSku, ...]:
     """All Azure GPU sizes, also those that cannot be planned, sorted by series and size."""
     sizes = []
-    for series in _read("skus.json")["series"]:
+    for series in read_facts("skus.json")["series"]:
         shared = {key: value for key, value in series.items() if key != "sizes"}
         sizes += [VmSku.model_validate(shared | size) for size in series["sizes"]]
     return tuple(sorted(sizes, key=lambda sku: _natural(sku.name)))
@@ -206,7 +217,7 @@ def memory_class(name: str) -> MemoryClass:
     Raises PlannerError for an unknown GPU. Source: gpus.json, memory_classes.
     """
     card = gpu(name)
-    for entry in _read("gpus.json")["memory_classes"]["classes"]:
+    for entry in read_facts("gpus.json")["memory_classes"]["classes"]:
         excepted = any(part in card.label.lower() for part in entry["except_name_contains"])
         if card.usable_bytes >= entry["at_least_bytes"] and not excepted:
             return entry["name"]  # type: ignore[no-any-return]
@@ -267,11 +278,6 @@ def _check_tp(size: VmSku, tp: int) -> None:
     if tp not in options:
         allowed = ", ".join(map(str, options))
         raise PlannerError(f"tensor parallel {tp} is not possible on {size.short_name}: choose one of {allowed}")
-
-
-@cache
-def _read(filename: str) -> Any:
-    return json.loads(files("planner.catalog").joinpath(filename).read_text(encoding="utf-8"))
 
 
 @cache

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 from functools import cache
-from importlib import resources
 from typing import Any, Literal
 
+from planner.catalog import read_facts
 from planner.errors import PlannerError
 from planner.model import Frozen
 
@@ -51,16 +50,9 @@ class Trainer(Frozen):
 
 
 @cache
-def _file() -> dict[str, Any]:
-    text = resources.files("planner.catalog").joinpath("trainers.json").read_text(encoding="utf-8")
-    loaded: dict[str, Any] = json.loads(text)
-    return loaded
-
-
-@cache
 def trainers() -> dict[str, Trainer]:
     """Every trainer by name."""
-    return {record["name"]: Trainer.model_validate(record) for record in _file()["trainers"]}
+    return {record["name"]: Trainer.model_validate(record) for record in read_facts("trainers.json")["trainers"]}
 
 
 def trainer(name: str) -> Trainer:
@@ -74,5 +66,5 @@ def trainer(name: str) -> Trainer:
 
 def constant(name: str) -> dict[str, Any]:
     """A constant of training memory with its source and date."""
-    record: dict[str, Any] = _file()["constants"][name]
+    record: dict[str, Any] = read_facts("trainers.json")["constants"][name]
     return record

@@ -132,9 +132,7 @@ def layer_shape(spec: ModelSpec, group: LayerGroup, *, dense: bool = True) -> La
     head_dim = group.head_dim or spec.head_dim
     value_dim = group.value_head_dim or head_dim
     if group.kind == "mla":
-        ranks = {
-            t.name.rsplit(".", 2)[-2]: t.shape for t in spec.tensors if t.part == "attention" and len(t.shape) == 2
-        }
+        ranks = {t.leaf: t.shape for t in spec.tensors if t.part == "attention" and len(t.shape) == 2}
         kv_a = ranks["kv_a_proj_with_mqa"][0]
         latent = ranks["kv_b_proj"][1]
         mla = (ranks["q_a_proj"][0] if "q_a_proj" in ranks else 0, latent, kv_a - latent, group.heads * (head_dim))
@@ -171,7 +169,7 @@ def _roles(spec: ModelSpec) -> dict[str, str]:
     for tensor in spec.tensors:
         if len(tensor.shape) != 2:
             continue
-        last = tensor.name.removesuffix(".weight").rsplit(".", 1)[-1]
+        last = tensor.leaf
         if tensor.part == "attention":
             roles.update({role: tensor.name for role, known in _ATTENTION_ROLES.items() if last in known})
         elif tensor.part in ("mlp", "shared_expert"):

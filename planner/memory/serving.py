@@ -119,13 +119,12 @@ def serving_memory(
     batch = _batch(spec, workload, version, device)
     layout = rank_layout(spec, workload)
     unified = _layout(spec, workload, version, False)
-    share = (
-        version.gpu_memory_utilization if workload.gpu_memory_utilization is None else workload.gpu_memory_utilization
-    )
+    share = _share(workload, version)
     budget = ceil(usable_bytes * share)
+    loaded = loaded_components(spec, workload, version, scheme, device)
     kv_bytes = (
         budget
-        - loaded_bytes(spec, workload, version, scheme, compute_capability)
+        - sum(part.expected_bytes for part in loaded)
         - measured_bytes(spec, workload, version, scheme, device, batch)
     )
     in_flight = batch.tokens * version.concurrent_batches
@@ -139,7 +138,7 @@ def serving_memory(
     )
     wanted = reserved * workload.concurrency
     components = (
-        *loaded_components(spec, workload, version, scheme, device),
+        *loaded,
         *measured_components(spec, workload, version, scheme, device, batch),
         kv_component(workload, layout, kv.steady_bytes, each),
     )
@@ -164,6 +163,11 @@ def serving_memory(
         gpu_memory_utilization=share,
         arguments=arguments(spec, workload, batch, share, compute_capability),
     )
+
+
+def _share(workload: ServingSettings, version: Engine) -> float:
+    asked = workload.gpu_memory_utilization
+    return version.gpu_memory_utilization if asked is None else asked
 
 
 def _batch(spec: ModelSpec, workload: ServingSettings, version: Engine, device: Device) -> Batch:
@@ -256,7 +260,7 @@ def sweep(
     version = engine(base.engine_version)
     if version.whole_prompt_batches and base.max_num_batched_tokens is None:
         raise NotModelled("the V0 engine's batch grows with the context: state max_num_batched_tokens for a sweep")
-    share = version.gpu_memory_utilization if base.gpu_memory_utilization is None else base.gpu_memory_utilization
+    share = _share(base, version)
     budgets = np.array([ceil(device.usable_bytes * share) for device in devices], dtype=np.int64)
     lengths = np.array(contexts, dtype=np.int64)
     shape = (-1, len(devices), len(contexts))

@@ -269,7 +269,7 @@ def kv_component(workload: ServingSettings, layout: KvLayout, steady: int, block
 
 def not_modelled(spec: ModelSpec, workload: ServingSettings) -> tuple[str, ...]:
     notes = ["memory that other processes hold on the GPU"]
-    if peak.has_vision(spec):
+    if spec.has_vision:
         notes.append("the vision encoder's own activations, where they exceed the decoder's")
     if any(group.kind == "linear" for group in spec.layers):
         notes.append("the chunked scan of linear-attention layers in a long prefill batch")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.catalog.engines import Engine, GibRange, constant, vision_input
 from planner.errors import NotModelled
-from planner.memory.weights import VISION_PARTS, WeightScheme, cdiv
+from planner.memory.weights import WeightScheme, cdiv
 from planner.model import Frozen, ModelSpec
 from planner.units import GIB
 
@@ -65,11 +65,7 @@ def uses_v2_runner(spec: ModelSpec, scheme: WeightScheme, engine: Engine) -> boo
     hybrid = any(group.kind == "linear" for group in spec.layers)
     if "dense" in families and spec.experts is None and not hybrid:
         return True
-    return spec.architecture in families and not has_vision(spec)
-
-
-def has_vision(spec: ModelSpec) -> bool:
-    return any(tensor.part in VISION_PARTS for tensor in spec.tensors)
+    return spec.architecture in families and not spec.has_vision
 
 
 def default_batch(
@@ -166,7 +162,7 @@ def _vision_bytes(spec: ModelSpec, engine: Engine, tokens: int, tp: int) -> tupl
     Encoded are the whole images that the budget holds: a batch's tokens, or the largest image where that is more.
     The tower's peak is one layer over all patches: patches * 2 B * (feed-forward / tp + 4 * hidden).
     """
-    if not has_vision(spec):
+    if not spec.has_vision:
         return 0, 0
     if engine.is_v0:
         raise NotModelled(f"the V0 engine profiles {spec.name} with images for every sequence: use vLLM 0.8 or later")

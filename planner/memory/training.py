@@ -399,6 +399,6 @@ def _notes(job: Run) -> tuple[str, ...]:
         notes.append("transformers 5 stores routed experts as one parameter that bitsandbytes leaves in 16 bits")
     if job.spec.quantization is not None:
         notes.append(f"the {job.spec.quantization.method} checkpoint is unpacked to 16 bits while loading (dequantize)")
-    if any(t.part == "vision" for t in job.spec.tensors):
+    if job.spec.has_vision:
         notes.append("the vision tower counts as weights; activations are those of text tokens")
     return tuple(notes)

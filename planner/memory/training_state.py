@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import prod
 from typing import NamedTuple
 
 from planner.catalog.trainers import constant
@@ -138,9 +139,7 @@ def _is_quantized(job: Run, tensor: Tensor) -> bool:
 
 def quantized_bytes(shape: tuple[int, ...], scheme: BaseQuantization) -> int:
     """Bytes of one quantised matrix (out, in): see base_weight_bytes."""
-    count = 1
-    for size in shape:
-        count *= size
+    count = prod(shape)
     if scheme in ("gptq4", "gptq8"):
         bits = 4 if scheme == "gptq4" else 8
         groups = -(-shape[-1] // int(constant("gptq")["group"])) * (count // shape[-1])

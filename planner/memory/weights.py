@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from math import ceil
+from math import ceil, prod
 
 from planner.catalog.engines import constant, quantization_format, quantization_formats, vision_input
 from planner.errors import NotModelled, PlannerError
-from planner.model import Frozen, ModelSpec, Quantization, Tensor
+from planner.model import VISION_PARTS, Frozen, ModelSpec, Quantization, Tensor
 
 VOCABULARY_ALIGNMENT = 64  # vllm/model_executor/layers/vocab_parallel_embedding.py, DEFAULT_VOCAB_PADDING_SIZE
 DECODER_PARTS = ("attention", "mlp", "expert", "shared_expert")
-VISION_PARTS = ("vision", "projector")
 FLOAT32_SUFFIXES = ("e_score_correction_bias", "A_log")  # kept in float32 whatever the model's type
 
 
@@ -175,7 +174,7 @@ def tensor_bytes(
 ) -> int:
     """Bytes of a whole family on one rank: quantised members, and those the checkpoint leaves in 16 bits."""
     shape = rank_shape(tensor, spec, tp)
-    plain = _elements(shape) * (4 if tensor.name.endswith(FLOAT32_SUFFIXES) else 2)
+    plain = prod(shape) * (4 if tensor.name.endswith(FLOAT32_SUFFIXES) else 2)
     quantization = scheme.quantization
     if quantization is None:
         return plain * tensor.count
@@ -202,7 +201,7 @@ def is_quantized(tensor: Tensor, quantization: Quantization) -> bool:
 
 def _kept_members(tensor: Tensor, spec: ModelSpec, ignored: tuple[str, ...]) -> int:
     """How many members of a family the ignore list keeps in 16 bits: all of them, or those of the layers it numbers."""
-    name = tensor.name.removesuffix(".weight")
+    name = tensor.module
     layers: set[int] = set()
     for pattern in ignored:
         if pattern.startswith("re:"):
@@ -225,13 +224,6 @@ def _segments_match(pattern: str, name: str) -> bool:
     return bool(words) and any(parts[i : i + len(words)] == words for i in range(len(parts)))
 
 
-def _elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
 def _quantized_bytes(shape: tuple[int, ...], q: Quantization, scale_bytes: int) -> int:
     """Packed weights, scales and zero points of one matrix (rows = outputs, columns = inputs) on one rank.
 
@@ -240,7 +232,7 @@ def _quantized_bytes(shape: tuple[int, ...], q: Quantization, scale_bytes: int) 
     bitsandbytes with double quantisation: a byte per 64 weights and a float32 per 256 of those; its 8 bits (LLM.int8):
     a float32 per row.
     """
-    rows, cols = _elements(shape[:-1]), shape[-1]
+    rows, cols = prod(shape[:-1]), shape[-1]
     weights = ceil(rows * cols * q.bits / 8)
     if q.method == "bitsandbytes" and q.bits == 8:
         return weights + 4 * rows
@@ -306,7 +298,7 @@ def allocator_rounding_bytes(
             continue
         stacked = spec.experts.count if tensor.part == "expert" and spec.experts is not None else 1
         layers = max(1, tensor.count // stacked)
-        prefix, _, last = tensor.name.removesuffix(".weight").rpartition(".")
+        prefix, _, last = tensor.module.rpartition(".")
         key = (f"{prefix}.{FUSED.get(last, last) if fused else last}", layers)
         modules[key] = modules.get(key, 0) + total // layers
     rules: dict[str, int] = constant("allocator")
@@ -324,7 +316,7 @@ def absorbed_mla_bytes(spec: ModelSpec, tp: int, pp: int = 1) -> int:
     Source: vllm/model_executor/layers/attention/mla_attention.py, process_weights_after_loading.
     """
     total = sum(
-        2 * _elements(rank_shape(tensor, spec, tp)) * tensor.count
+        2 * prod(rank_shape(tensor, spec, tp)) * tensor.count
         for tensor in spec.tensors
         if tensor.name.endswith("kv_b_proj.weight")
     )

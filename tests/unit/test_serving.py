@@ -20,8 +20,8 @@ from planner.memory import weights
 from planner.memory.eager import eager_memory
 from planner.memory.kv import kv_buckets, kv_layout, longest_context
 from planner.memory.serving import Device, ServingMemory, ServingSettings, serving_memory, sweep
-from planner.memory.weights import VISION_PARTS, lora_slot_bytes, weight_bytes, weight_scheme
-from planner.model import ModelSpec
+from planner.memory.weights import lora_slot_bytes, weight_bytes, weight_scheme
+from planner.model import VISION_PARTS, ModelSpec
 
 GIB = 1 << 30
 ORACLE = Path(__file__).parents[1] / "oracles" / "vllm_kv.jsonl"
