@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.architectures.decoders import context_length, dense, layer_count, start, use_layers, window_of
+from planner.architectures.decoders import context_length, dense, layer_count, same_layers, start, window_of
 from planner.architectures.fields import MAX_CONTEXT, MAX_HEADS, MAX_VOCAB, Fields
 from planner.architectures.parts import (
     Draft,
@@ -16,11 +16,6 @@ from planner.architectures.parts import (
     parameter,
     plain_mlp,
 )
-
-
-def _full(draft: Draft, layers: int) -> Draft:
-    use_layers(draft, [("full", None)] * layers)
-    return draft
 
 
 def phi(f: Fields) -> Draft:
@@ -37,7 +32,7 @@ def phi(f: Fields) -> Draft:
     if f.flag("qk_layernorm", False):
         draft.qk_norm = True
         draft.tensors += norms(("self_attn.q_layernorm", "self_attn.k_layernorm"), draft.head_dim, layers, bias=True)
-    return _full(draft, layers)
+    return same_layers(draft, layers)
 
 
 def starcoder2(f: Fields) -> Draft:
@@ -50,9 +45,7 @@ def starcoder2(f: Fields) -> Draft:
         *norms(("input_layernorm", "post_attention_layernorm"), hidden, layers, bias=True),
         *norm("norm", hidden, 1, bias=True),
     ]
-    window = window_of(f)
-    use_layers(draft, [("full", None) if window is None else ("sliding", window)] * layers)
-    return draft
+    return same_layers(draft, layers, window_of(f))
 
 
 def falcon(f: Fields) -> Draft:
@@ -105,7 +98,7 @@ def falcon(f: Fields) -> Draft:
         *norms(names, hidden, layers, bias=True),
         *norm("ln_f", hidden, 1, bias=True),
     ]
-    return _full(draft, layers)
+    return same_layers(draft, layers)
 
 
 def gpt_neox(f: Fields) -> Draft:
@@ -121,7 +114,7 @@ def gpt_neox(f: Fields) -> Draft:
         *norms(("input_layernorm", "post_attention_layernorm"), hidden, layers, bias=True),
         *norm("final_layer_norm", hidden, 1, bias=True),
     ]
-    return _full(draft, layers)
+    return same_layers(draft, layers)
 
 
 def _gpt2_block(f: Fields, draft: Draft, layers: int) -> Draft:
@@ -134,7 +127,7 @@ def _gpt2_block(f: Fields, draft: Draft, layers: int) -> Draft:
         *norms(("ln_1", "ln_2"), hidden, layers, bias=True),
         *norm("ln_f", hidden, 1, bias=True),
     ]
-    return _full(draft, layers)
+    return same_layers(draft, layers)
 
 
 def gpt2(f: Fields) -> Draft:
@@ -173,7 +166,7 @@ def opt(f: Fields) -> Draft:
             *linear("project_in", hidden, narrow, 1, "embedding", target=True),
             *linear("project_out", narrow, hidden, 1, "embedding", target=True),
         ]
-    return _full(draft, layers)
+    return same_layers(draft, layers)
 
 
 def bloom(f: Fields) -> Draft:
@@ -210,7 +203,7 @@ def bloom(f: Fields) -> Draft:
         *norms(("input_layernorm", "post_attention_layernorm"), hidden, layers, bias=True),
         *norm("ln_f", hidden, 1, bias=True),
     ]
-    return _full(draft, layers)
+    return same_layers(draft, layers)
 
 
 # The code of the following lives in their hub repositories.
@@ -233,7 +226,7 @@ def qwen(f: Fields) -> Draft:
         *norms(("ln_1", "ln_2"), hidden, layers),
         *norm("ln_f", hidden, 1),
     ]
-    return _full(draft, layers)
+    return same_layers(draft, layers)
 
 
 def chatglm(f: Fields) -> Draft:
@@ -276,7 +269,7 @@ def chatglm(f: Fields) -> Draft:
         *norms(("input_layernorm", "post_attention_layernorm"), hidden, layers),
         *(norm("final_layernorm", hidden, 1) if f.flag("post_layer_norm", True) else []),
     ]
-    return _full(draft, layers)
+    return same_layers(draft, layers)
 
 
 def baichuan(f: Fields) -> Draft:
@@ -285,4 +278,4 @@ def baichuan(f: Fields) -> Draft:
     dense(f, draft, layers)
     fused = fused_attention(draft, layers, qkv="self_attn.W_pack", out="self_attn.o_proj")
     draft.tensors = [t for t in draft.tensors if t.part != "attention"] + fused
-    return _full(draft, layers)
+    return same_layers(draft, layers)

@@ -93,6 +93,12 @@ def use_layers(draft: Draft, kinds: Kinds) -> None:
     )
 
 
+def same_layers(draft: Draft, layers: int, window: int | None = None) -> Draft:
+    """All layers alike: full attention, or one sliding window."""
+    use_layers(draft, [("full", None) if window is None else ("sliding", window)] * layers)
+    return draft
+
+
 def kinds_of(f: Fields, layers: int, window: int | None, default: list[str]) -> Kinds:
     """Attention kind and window of each layer, from layer_types or the architecture's own pattern."""
     words = f.layer_types(layers, ("full_attention", "sliding_attention")) or default
@@ -165,8 +171,7 @@ def llama(f: Fields) -> Draft:
     draft, layers = start(f, tied=False), layer_count(f)
     bias = f.flag("attention_bias", False)
     dense(f, draft, layers, qkv_bias=bias, out_bias=bias, mlp_bias=f.flag("mlp_bias", False))
-    use_layers(draft, [("full", None)] * layers)
-    return draft
+    return same_layers(draft, layers)
 
 
 def mistral(f: Fields) -> Draft:
@@ -174,8 +179,7 @@ def mistral(f: Fields) -> Draft:
     draft, layers = start(f, tied=False), layer_count(f)
     dense(f, draft, layers)
     window = window_of(f) if f.has("sliding_window") else 4096
-    use_layers(draft, [("full", None) if window is None else ("sliding", window)] * layers)
-    return draft
+    return same_layers(draft, layers, window)
 
 
 def qwen_kinds(f: Fields, layers: int) -> Kinds:
@@ -207,8 +211,7 @@ def gemma(f: Fields) -> Draft:
     draft, layers = start(f, tied=True, head_dim=256), layer_count(f)
     bias = f.flag("attention_bias", False)
     dense(f, draft, layers, qkv_bias=bias, out_bias=bias)
-    use_layers(draft, [("full", None)] * layers)
-    return draft
+    return same_layers(draft, layers)
 
 
 def gemma2(f: Fields) -> Draft:
@@ -254,8 +257,7 @@ def olmo2(f: Fields) -> Draft:
     bias = f.flag("attention_bias", False)
     dense(f, draft, layers, qkv_bias=bias, out_bias=bias, layer_norms=POST_NORMS)
     draft.tensors += wide_norms(draft, layers)
-    use_layers(draft, [("full", None)] * layers)
-    return draft
+    return same_layers(draft, layers)
 
 
 def olmo3(f: Fields) -> Draft:
@@ -279,9 +281,7 @@ def phi3(f: Fields) -> Draft:
         *norms(PRE_NORMS, hidden, layers),
         *norm("norm", hidden, 1),
     ]
-    window = window_of(f)
-    use_layers(draft, [("full", None) if window is None else ("sliding", window)] * layers)
-    return draft
+    return same_layers(draft, layers, window_of(f))
 
 
 def stablelm(f: Fields) -> Draft:
@@ -295,8 +295,7 @@ def stablelm(f: Fields) -> Draft:
             *norm("self_attn.q_layernorm.norms", draft.head_dim, layers * draft.heads),
             *norm("self_attn.k_layernorm.norms", draft.head_dim, layers * draft.kv_heads),
         ]
-    use_layers(draft, [("full", None)] * layers)
-    return draft
+    return same_layers(draft, layers)
 
 
 def cohere(f: Fields) -> Draft:
@@ -310,5 +309,4 @@ def cohere(f: Fields) -> Draft:
             *parameter("self_attn.q_norm.weight", (draft.heads, draft.head_dim), layers, "norm", "out"),
             *parameter("self_attn.k_norm.weight", (draft.kv_heads, draft.head_dim), layers, "norm", "kv"),
         ]
-    use_layers(draft, [("full", None)] * layers)
-    return draft
+    return same_layers(draft, layers)

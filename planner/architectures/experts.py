@@ -9,12 +9,14 @@ from planner.architectures.decoders import (
     kinds_of,
     layer_count,
     qwen_kinds,
+    same_layers,
     start,
     use_layers,
     window_of,
 )
 from planner.architectures.fields import MAX_CONTEXT, MAX_EXPERTS, MAX_HEADS, MAX_LAYERS, Fields
 from planner.architectures.parts import (
+    GATED,
     Draft,
     Tensors,
     attention,
@@ -55,7 +57,7 @@ def routed(
     experts: Experts,
     *,
     prefix: str = "mlp.",
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    names: tuple[str, str, str] = GATED,
 ) -> Tensors:
     """The router (experts, hidden) and the experts' gated feed-forwards."""
     return [
@@ -71,7 +73,16 @@ def routed(
     ]
 
 
-def with_experts(f: Fields, draft: Draft, layers: int, experts: Experts, *, qkv_bias: bool, out_bias: bool) -> Draft:
+def with_experts(
+    draft: Draft,
+    layers: int,
+    experts: Experts,
+    *,
+    qkv_bias: bool = False,
+    out_bias: bool = False,
+    prefix: str = "mlp.",
+    names: tuple[str, str, str] = GATED,
+) -> Draft:
     """Llama's block with experts in `experts.layers` layers and a dense feed-forward in the others."""
     plain = layers - experts.layers
     draft.experts = experts
@@ -79,7 +90,7 @@ def with_experts(f: Fields, draft: Draft, layers: int, experts: Experts, *, qkv_
         *embeddings(draft),
         *attention(draft, layers, qkv_bias=qkv_bias, out_bias=out_bias),
         *(gated_mlp("mlp.", draft.hidden_size, draft.ffn, plain) if plain else []),
-        *routed(draft, experts),
+        *routed(draft, experts, prefix=prefix, names=names),
         *norms(PRE_NORMS, draft.hidden_size, layers),
         *norm("norm", draft.hidden_size, 1),
     ]
@@ -98,18 +109,8 @@ def shared_expert(draft: Draft, experts: Experts) -> Tensors:
 def mixtral(f: Fields) -> Draft:
     draft, layers = start(f, tied=False), layer_count(f)
     experts = experts_of(f, layers, draft.ffn, count=("num_local_experts", "num_experts"))
-    draft.experts = experts
-    draft.tensors = [
-        *embeddings(draft),
-        *attention(draft, layers),
-        *routed(draft, experts, prefix="block_sparse_moe.", names=("w1", "w3", "w2")),
-        *norms(PRE_NORMS, draft.hidden_size, layers),
-        *norm("norm", draft.hidden_size, 1),
-    ]
-    draft.ffn = 0
-    window = window_of(f)
-    use_layers(draft, [("full", None) if window is None else ("sliding", window)] * layers)
-    return draft
+    with_experts(draft, layers, experts, prefix="block_sparse_moe.", names=("w1", "w3", "w2"))
+    return same_layers(draft, layers, window_of(f))
 
 
 def qwen2_moe(f: Fields) -> Draft:
@@ -120,7 +121,7 @@ def qwen2_moe(f: Fields) -> Draft:
         f.integer("moe_intermediate_size"),
         shared_ffn=f.integer("shared_expert_intermediate_size"),
     )
-    with_experts(f, draft, layers, experts, qkv_bias=f.flag("qkv_bias", True), out_bias=False)
+    with_experts(draft, layers, experts, qkv_bias=f.flag("qkv_bias", True), out_bias=False)
     draft.tensors += shared_expert(draft, experts)
     use_layers(draft, qwen_kinds(f, layers))
     return draft
@@ -133,11 +134,10 @@ def qwen3_moe(f: Fields) -> Draft:
         f, moe_layers(f, layers), f.integer("moe_intermediate_size"), count=("num_experts", "num_local_experts")
     )
     bias = f.flag("attention_bias", False)
-    with_experts(f, draft, layers, experts, qkv_bias=bias, out_bias=bias)
+    with_experts(draft, layers, experts, qkv_bias=bias, out_bias=bias)
     draft.tensors += head_norms(draft, layers)
     window = window_of(f) if f.flag("use_sliding_window", False) else None
-    use_layers(draft, [("full", None) if window is None else ("sliding", window)] * layers)
-    return draft
+    return same_layers(draft, layers, window)
 
 
 def gpt_oss(f: Fields) -> Draft:

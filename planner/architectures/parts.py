@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from planner.model import AttentionKind, Experts, LayerGroup, Part, Shard, Tensor
 
 Tensors = list[Tensor]
+GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -136,7 +137,7 @@ def gated_mlp(
     *,
     part: Part = "mlp",
     bias: bool = False,
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    names: tuple[str, str, str] = GATED,
 ) -> Tensors:
     """SwiGLU or GeGLU: gate and up (ffn, hidden), down (hidden, ffn)."""
     gate, up, down = names

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from planner.architectures.decoders import PRE_NORMS, layer_count, start, use_layers
+from planner.architectures.decoders import PRE_NORMS, layer_count, same_layers, start
 from planner.architectures.fields import MAX_LAYERS, Fields
 from planner.architectures.parts import Draft, Tensors, attention, gated_mlp, linear, norm, norms, parameter
 from planner.errors import UnknownArchitecture
@@ -23,6 +23,13 @@ def _linears(names: dict[str, tuple[int, int]], count: int, *, bias: bool, prefi
 
 def _norms(names: tuple[str, ...], size: int, count: int, *, prefix: str, bias: bool = True) -> Tensors:
     return [t for name in names for t in norm(f"{prefix}{name}", size, count, bias=bias, part="vision")]
+
+
+def _sizes(v: Fields) -> tuple[int, int, int, int, int]:
+    """Width, feed-forward width, layers, side of a patch and colour channels, as most towers name them."""
+    size, ffn = v.integer("hidden_size"), v.integer("intermediate_size")
+    layers = v.integer("num_hidden_layers", high=MAX_LAYERS)
+    return size, ffn, layers, v.size("patch_size"), v.integer("num_channels")
 
 
 def _patches(v: Fields, image: int, patch: int) -> int:
@@ -47,9 +54,7 @@ CLIP_DEFAULTS: dict[str, object] = {**SIGLIP_DEFAULTS, "patch_size": 32}
 def siglip(v: Fields) -> Tensors:
     """SigLIP: learned positions for every patch; an attention-pooling head unless vision_use_head is false."""
     v = v.with_defaults(SIGLIP_DEFAULTS)
-    size, ffn = v.integer("hidden_size"), v.integer("intermediate_size")
-    layers = v.integer("num_hidden_layers", high=MAX_LAYERS)
-    patch, channels = v.size("patch_size"), v.integer("num_channels")
+    size, ffn, layers, patch, channels = _sizes(v)
     p = "vision_tower."
     tensors = [
         *parameter(f"{p}embeddings.patch_embedding.weight", (size, channels, patch, patch), 1, "vision"),
@@ -97,9 +102,7 @@ def _siglip_blocks(prefix: str, size: int, ffn: int, layers: int) -> Tensors:
 def clip(v: Fields) -> Tensors:
     """CLIP: a class token, positions for it and every patch, no bias on the patch projection."""
     v = v.with_defaults(CLIP_DEFAULTS)
-    size, ffn = v.integer("hidden_size"), v.integer("intermediate_size")
-    layers = v.integer("num_hidden_layers", high=MAX_LAYERS)
-    patch, channels = v.size("patch_size"), v.integer("num_channels")
+    size, ffn, layers, patch, channels = _sizes(v)
     p = "vision_tower."
     return [
         *parameter(f"{p}embeddings.class_embedding", (size,), 1, "vision"),
@@ -127,9 +130,7 @@ PIXTRAL_DEFAULTS: dict[str, object] = {
 def pixtral(v: Fields) -> Tensors:
     """Pixtral: rotary positions, RMS norms, gated feed-forward, no biases."""
     v = v.with_defaults(PIXTRAL_DEFAULTS)
-    size, ffn = v.integer("hidden_size"), v.integer("intermediate_size")
-    layers = v.integer("num_hidden_layers", high=MAX_LAYERS)
-    patch, channels = v.size("patch_size"), v.integer("num_channels")
+    size, ffn, layers, patch, channels = _sizes(v)
     p = "vision_tower."
     block = {f"attention.{n}": (size, size) for n in ("q_proj", "k_proj", "v_proj", "o_proj")}
     block |= {"feed_forward.gate_proj": (ffn, size), "feed_forward.up_proj": (ffn, size)}
@@ -158,9 +159,7 @@ LLAMA4_VISION_DEFAULTS: dict[str, object] = {
 def llama4_vision(v: Fields) -> Tensors:
     """Llama 4: linear patch embedding, class token, learned positions, a two-layer adapter after pixel shuffle."""
     v = v.with_defaults(LLAMA4_VISION_DEFAULTS)
-    size, ffn = v.integer("hidden_size"), v.integer("intermediate_size")
-    layers = v.integer("num_hidden_layers", high=MAX_LAYERS)
-    patch, channels = v.size("patch_size"), v.integer("num_channels")
+    size, ffn, layers, patch, channels = _sizes(v)
     ratio = v.number("pixel_shuffle_ratio", 0.5)
     if not 0.01 <= ratio <= 1:
         raise v.refuse("pixel_shuffle_ratio", f"must be between 0.01 and 1, not {ratio}")
@@ -413,5 +412,4 @@ def mllama_text(f: Fields) -> Draft:
         *norm("norm", hidden, 1),
     ]
     draft.notes = ("cross-attention layers are counted as full attention; images fill them, not text",)
-    use_layers(draft, [("full", None)] * layers)
-    return draft
+    return same_layers(draft, layers)

@@ -149,6 +149,12 @@ def constant_source(name: str) -> str:
     return str(read_facts("engines.json")["constants"][name]["source"])
 
 
+def cublas_workspace_bytes(*, hopper: bool) -> int:
+    """One cuBLAS workspace of PyTorch's; hopper: compute capability 9 and later."""
+    sizes: dict[str, int] = constant("cublas_workspace_bytes")
+    return sizes["hopper_and_later" if hopper else "earlier"]
+
+
 def vision_input(architecture: str) -> VisionInput:
     """How a multimodal family's images reach the encoder; families not listed count as Qwen-VL's."""
     table: dict[str, dict[str, Any]] = constant("vision")

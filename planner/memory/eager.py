@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.catalog.engines import constant, constant_source
+from planner.catalog.engines import constant_source, cublas_workspace_bytes
 from planner.errors import NotModelled, PlannerError
 from planner.memory.estimate import MemoryEstimate, exact
 from planner.memory.serving_peak import HIDDEN_COPIES
@@ -36,8 +36,7 @@ def eager_memory(
     layer = 2 * ((3 if spec.gated_mlp else 2) * spec.ffn + HIDDEN_COPIES * spec.hidden_size)
     prefill = batch_size * input_tokens * (kv + layer)
     decode = batch_size * (input_tokens + output_tokens) * kv
-    workspace: dict[str, int] = constant("cublas_workspace_bytes")
-    held = workspace["hopper_and_later" if compute_capability[0] >= 9 else "earlier"]
+    held = cublas_workspace_bytes(hopper=compute_capability[0] >= 9)
     tokens: dict[str, int | float | str] = {
         "batch_size": batch_size,
         "input_tokens": input_tokens,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.catalog.engines import Engine, GibRange, constant, vision_input
+from planner.catalog.engines import Engine, GibRange, constant, cublas_workspace_bytes, vision_input
 from planner.errors import NotModelled
 from planner.memory.weights import WeightScheme, cdiv
 from planner.model import Frozen, ModelSpec
@@ -134,13 +134,12 @@ def activation_peak(
     if not v2:
         rows = min(_multiprocessors(device), batch.sequences)
         sampler += rows * spec.vocab_size * engine.sampler_row_buffer_bytes
-    workspace: dict[str, int] = constant("cublas_workspace_bytes")
     return ActivationPeak(
         prefill_bytes=prefill,
         sampler_bytes=sampler,
         encoder_bytes=encoder,
         persistent_bytes=(routed if keeps_workspace else 0) + kept_vision,
-        workspace_bytes=workspace["hopper_and_later" if device.compute_capability[0] >= 9 else "earlier"],
+        workspace_bytes=cublas_workspace_bytes(hopper=device.compute_capability[0] >= 9),
     )
 
 

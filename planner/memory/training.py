@@ -284,7 +284,7 @@ _EXPLAINED: dict[str, tuple[str, tuple[str, ...], str]] = {
     "workspace": (
         "a cuBLAS workspace for the forward thread and one for autograd's",
         ("hopper_or_later",),
-        str(constant("cublas_workspace_bytes")["source"]),
+        str(constant("cublas_workspaces")["source"]),
     ),
     "communication": (
         "gradient buckets",

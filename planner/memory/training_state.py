@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
+from planner.catalog.engines import cublas_workspace_bytes
 from planner.catalog.trainers import constant
 from planner.memory.finetune_settings import BaseQuantization, Optimizer, Run
 from planner.model import Tensor, adapter_parameters, lora_targets
@@ -81,7 +82,6 @@ def static_bytes(job: Run) -> Static:
     if s.task == "dpo" and job.trains_all:
         width = 2 if s.parallelism.startswith("zero") else job.weight_itemsize
         reference = -(-spec.parameter_count * width // shard_weights)
-    workspace = constant("cublas_workspace_bytes")
     return Static(
         trainable=adapters + trained_base,
         weights=weights,
@@ -93,7 +93,7 @@ def static_bytes(job: Run) -> Static:
         gathered_layer=layer,
         buckets=buckets,
         reference=reference,
-        workspace=int(workspace["hopper" if job.hopper else "value"]) * int(workspace["handles"]),
+        workspace=cublas_workspace_bytes(hopper=job.hopper) * int(constant("cublas_workspaces")["value"]),
     )
 
 
