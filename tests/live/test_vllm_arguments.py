@@ -10,7 +10,6 @@ pytest.importorskip("vllm", reason="needs vLLM: run make live")
 
 from planner.catalog import load_model
 from planner.catalog.hardware import gpu
-from planner.fit import capability
 from planner.memory.serving import ServingSettings, serving_memory
 
 CASES = {
@@ -45,7 +44,7 @@ def test_vllms_parser_takes_the_arguments_of_the_answer(parser: object, name: st
         load_model("qwen3-8b"),
         settings,
         usable_bytes=place.usable_bytes,
-        compute_capability=capability(place),
+        compute_capability=place.capability,
         device_name=place.label,
     )
     parsed = parser.parse_args(["Qwen/Qwen3-8B", *memory.arguments])  # type: ignore[attr-defined]
