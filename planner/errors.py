@@ -17,3 +17,9 @@ class UnknownArchitecture(PlannerError):
 
 class NotModelled(PlannerError):
     """What was asked is understood, but no formula here covers it."""
+
+
+class DoesNotFit(PlannerError):
+    """Nothing that was allowed holds the workload, or it costs more than was approved."""
+
+    exit_code = DOES_NOT_FIT

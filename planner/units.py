@@ -1,8 +1,9 @@
-"""Bytes, GiB and token counts: conversion and formatting, nothing else."""
+"""Bytes, GiB, token counts and money: conversion and formatting, nothing else."""
 
 from __future__ import annotations
 
 import re
+from decimal import ROUND_CEILING, ROUND_HALF_UP, Decimal
 from fractions import Fraction
 
 from planner.errors import PlannerError
@@ -49,3 +50,24 @@ def gib_figure(size_bytes: float) -> str:
 def format_gib(size_bytes: float) -> str:
     """The figure and its unit: `2.31 GiB`, `79.2 GiB`."""
     return f"{gib_figure(size_bytes)} GiB"
+
+
+CENT = Decimal("0.01")
+
+
+def round_money(amount: Decimal, unit: Decimal = CENT, *, up: bool = False) -> Decimal:
+    """To the nearest multiple of unit, halves away from zero as accountants do; up: to the next multiple."""
+    return (amount / unit).quantize(Decimal(1), rounding=ROUND_CEILING if up else ROUND_HALF_UP) * unit
+
+
+def money_figure(amount: Decimal, unit: Decimal = CENT) -> str:
+    """Thousands separated, with the decimals of unit: `1,025`, `0.70`, `-3.20`."""
+    exponent = unit.normalize().as_tuple().exponent
+    places = max(0, -exponent) if isinstance(exponent, int) else 2
+    return f"{round_money(amount, unit):,.{places}f}"
+
+
+def format_usd(amount: Decimal, unit: Decimal = CENT) -> str:
+    """`$1,025.00`, `-$3.20`."""
+    text = money_figure(amount, unit)
+    return f"-${text[1:]}" if text.startswith("-") else f"${text}"

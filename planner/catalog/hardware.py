@@ -126,6 +126,17 @@ class VmSku(_Record):
         return self.name.removeprefix("Standard_")
 
 
+class CpuSize(Frozen):
+    """An Azure size without GPUs, for system nodes and people. quota_family: None where not confirmed."""
+
+    name: str
+    vcpus: int
+    ram_gib: int
+    quota_family: str | None
+    source: str
+    as_of: date
+
+
 class LinkNote(Frozen):
     """What tensor parallelism over some GPUs of a VM rests on: a short phrase and where it comes from."""
 
@@ -208,6 +219,25 @@ def fraction(size: VmSku) -> Fraction:
     if size.gpu_fraction is None:
         raise PlannerError(f"{size.short_name} has no published GPU share: choose another size")
     return Fraction(size.gpu_fraction)
+
+
+@cache
+def cpu_size(name: str) -> CpuSize:
+    """The CPU size of that ARM name: its family's facts, its vCPUs from the name. Raises PlannerError for others."""
+    for family in read_facts("cpu.json")["families"]:
+        match = re.fullmatch(family["pattern"], name)
+        if match is not None:
+            vcpus = int(match["vcpu"])
+            return CpuSize(
+                name=name,
+                vcpus=vcpus,
+                ram_gib=vcpus * family["ram_gib_per_vcpu"],
+                quota_family=family["quota_family"],
+                source=family["source"],
+                as_of=family["as_of"],
+            )
+    known = ", ".join(family["name"] for family in read_facts("cpu.json")["families"])
+    raise PlannerError(f"{name!r} is not a CPU size in the catalog: take one of the families {known}, such as D4s_v5")
 
 
 @cache
