@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from decimal import Decimal
 from typing import Any, Literal
 
 from planner.catalog.engines import constant, engine, quantization_formats
@@ -13,6 +14,7 @@ from planner.memory.training import FinetuneSettings, TrainingMemory, training_m
 from planner.model import Frozen, ModelSpec
 from planner.units import format_gib, format_tokens
 
+PRICED_IN = "eastus"  # the region by whose prices remedies are compared
 Task = Literal["serve", "finetune"]
 Settings = ServingSettings | FinetuneSettings
 
@@ -55,12 +57,16 @@ class Fit(Frozen):
 
 
 class Remedy(Frozen):
-    """A change with which it would fit. flags: what to add to the command line; needed_bytes: on one GPU then."""
+    """A change with which it would fit. flags: what to add to the command line; needed_bytes: on one GPU then.
+
+    usd_per_hour: of the VM on demand in PRICED_IN, None at a desk or without a price there
+    """
 
     change: str
     flags: str
     needed_bytes: int
     place: str
+    usd_per_hour: Decimal | None = None
 
 
 class Misfit(Frozen):
@@ -324,11 +330,18 @@ def gpu_options(settings: Settings, size: VmSku, gpus: int | None = None) -> tup
 
 
 def fit_size(
-    spec: ModelSpec, settings: Settings, size: VmSku, *, headroom: float = 0.0, gpus: int | None = None
+    spec: ModelSpec,
+    settings: Settings,
+    size: VmSku,
+    *,
+    headroom: float = 0.0,
+    gpus: int | None = None,
+    search_context: bool = True,
 ) -> Fit | Misfit:
     """The smallest parallelism with which the workload fits on one VM of that size, else the Misfit of the largest.
 
-    gpus: exactly so many instead. Raises PlannerError where the size cannot be planned.
+    gpus: exactly so many instead. search_context: False leaves largest_context of a Fit at 0, which is quicker.
+    Raises PlannerError where the size cannot be planned.
     """
     card = gpu_of(size)
     available = size.gpu_count or 0
@@ -344,7 +357,7 @@ def fit_size(
         place = Place(gpu=card, sku=size, gpus=count, available=available)
         outcome = try_place(spec, with_gpus(settings, count), place, headroom=headroom, search_context=False)
         if isinstance(outcome, Fit):
-            return try_place(spec, outcome.settings, place, headroom=headroom)
+            return try_place(spec, outcome.settings, place, headroom=headroom) if search_context else outcome
         if last is None or not outcome.reason or (isinstance(last, Misfit) and last.reason):
             last = outcome
     assert last is not None
@@ -493,7 +506,13 @@ def remedies(spec: ModelSpec, misfit: Misfit, settings: Settings, *, headroom: f
         outcome = try_place(spec, altered, place, headroom=headroom, search_context=False)
         if isinstance(outcome, Fit) and all(outcome.needed_bytes != known.needed_bytes for known in found):
             found.append(
-                Remedy(change=change, flags=flags + spread, needed_bytes=outcome.needed_bytes, place=place.label)
+                Remedy(
+                    change=change,
+                    flags=flags + spread,
+                    needed_bytes=outcome.needed_bytes,
+                    place=place.label,
+                    usd_per_hour=_usd_per_hour(place.sku),
+                )
             )
         if len(found) == 3:
             break
@@ -525,9 +544,17 @@ def remedies(spec: ModelSpec, misfit: Misfit, settings: Settings, *, headroom: f
                 flags=f"--sku {sku.short_name}{_spread(settings, larger.place.gpus)}",
                 needed_bytes=larger.needed_bytes,
                 place=larger.place.label,
+                usd_per_hour=_usd_per_hour(sku),
             )
         )
     return tuple(found)
+
+
+def _usd_per_hour(size: VmSku | None) -> Decimal | None:
+    """The on-demand price of a size in PRICED_IN; the sheet is read only where something does not fit."""
+    from planner.catalog.prices import load_sheet
+
+    return None if size is None else load_sheet().rate(size.name, PRICED_IN, "on-demand")
 
 
 def _spread(settings: Settings, gpus: int) -> str:

@@ -186,7 +186,7 @@ def request_from_options(options: Mapping[str, Any]) -> tuple[ModelSpec, SizeReq
     """The model and the request behind the command line's options; PlannerError names the option that is wrong."""
     spec = load_model(options["model"])
     contexts = tuple(parse_tokens(part) for part in options["ctx"].split(",") if part.strip())
-    rope = _rope_factor(options["rope_scaling"])
+    rope = rope_factor(options["rope_scaling"])
     check_contexts(spec, contexts, rope)
     for name in ("gpu", "sku"):
         if options[name] is not None and not options[name].strip():
@@ -291,7 +291,7 @@ def _lora_targets(text: str) -> str | tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _rope_factor(text: str | None) -> float | None:
+def rope_factor(text: str | None) -> float | None:
     """`yarn:4` -> 4.0; a bare factor is taken too."""
     if text is None:
         return None

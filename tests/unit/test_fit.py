@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -465,3 +466,20 @@ def test_a_fit_says_how_far_it_reaches_at_the_parallelism_that_was_chosen() -> N
     assert isinstance(outcome, Fit)
     assert 8192 <= outcome.largest_context <= 40_960
     assert outcome.needed_bytes <= outcome.usable_bytes < 23 * GIB
+
+
+def test_a_larger_size_comes_with_its_price() -> None:
+    settings = ServingSettings(max_model_len=32768)
+    outcome = fit_size(spec("qwen3-8b"), settings, sku("NC4as_T4_v3"))
+    assert isinstance(outcome, Misfit)
+    larger = next(r for r in remedies(spec("qwen3-8b"), outcome, settings) if r.flags.startswith("--sku"))
+    # the next larger size that holds it has two A10: 6.52 an hour on demand in eastus
+    assert (larger.flags, larger.usd_per_hour) == ("--sku NV72ads_A10_v5 --tp 2", Decimal("6.52"))
+
+
+def test_at_a_desk_there_is_no_price() -> None:
+    settings = ServingSettings(max_model_len=32768)
+    outcome = fit_gpu(spec("qwen3-8b"), settings, gpu("a10"))
+    assert isinstance(outcome, Misfit)
+    offered = remedies(spec("qwen3-8b"), outcome, settings)
+    assert all(remedy.usd_per_hour is None for remedy in offered if not remedy.flags.startswith("--sku"))

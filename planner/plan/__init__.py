@@ -1,0 +1,608 @@
+"""The plan: the cheapest set of pools that holds the workloads, what it costs, and why every other choice lost.
+
+The plan is the narrow waist: what stands right of it (stack files, infrastructure, workloads) knows nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import date
+from decimal import Decimal
+from typing import Literal
+
+from pydantic import Field
+
+from planner.catalog.hardware import CpuSize, cpu_size
+from planner.catalog.prices import COMMITTED, PriceSheet, Priority, Provenance
+from planner.cost.cluster import GpuLoad, Kept, cluster_lines
+from planner.cost.lines import Alternative, Line, alternatives, total, vm_line
+from planner.cost.schedule import MONTH_HOURS
+from planner.errors import DoesNotFit
+from planner.fit import Misfit, Task
+from planner.memory.estimate import MemoryEstimate
+from planner.memory.serving import ServingMemory
+from planner.memory.training import TrainingMemory
+from planner.memory.weights import weight_bytes, weight_scheme
+from planner.model import Frozen
+from planner.plan.choices import (
+    Choice,
+    Job,
+    Placement,
+    Search,
+    checkpoint_bytes,
+    choices,
+    exceeded,
+    jobs_of,
+    limits,
+    no_placement,
+    pool_nodes,
+    wanted_vcpus,
+)
+from planner.plan.intent import ANY_REGION, FinetuneWorkload, Intent, intents_from_options, parse_intent
+from planner.units import format_gib, format_usd
+
+__all__ = ["Intent", "Plan", "intents_from_options", "make_plan", "parse_intent"]
+
+Verdict = Literal["chosen", "dearer", "does not fit", "cannot run", "unpriced", "quota", "excluded"]
+
+
+class Pool(Frozen):
+    """One AgentPool. min_nodes, max_nodes: machines; usd_per_month: expected, of its machines.
+
+    fallback: it is the twin on demand of a spot pool, used only while Azure has no spot machine
+    """
+
+    name: str
+    sku: str
+    gpu: str
+    gpus_per_node: int
+    priority: Priority
+    min_nodes: int
+    max_nodes: int
+    workloads: tuple[str, ...]
+    usd_per_month: Decimal
+    fallback: bool = False
+
+
+class Placed(Frozen):
+    """A workload where the plan puts it.
+
+    gpus: of a replica; hours_per_month: of work; arguments: of vLLM; settings: of the trainer
+    checkpoint_interval_hours, spot_factor: on spot; needed_bytes, usable_bytes, memory: of the fullest GPU
+    """
+
+    name: str
+    task: Task
+    model: str
+    hub_id: str | None
+    context: int
+    pool: str
+    replicas: int
+    gpus: int
+    schedule: str
+    hours_per_month: Decimal
+    arguments: tuple[str, ...] = ()
+    settings: dict[str, str] = Field(default_factory=dict)
+    checkpoint_interval_hours: Decimal | None = None
+    checkpoint_bytes: int = 0
+    spot_factor: Decimal = Decimal(1)
+    needed_bytes: int
+    usable_bytes: int
+    memory: MemoryEstimate
+
+
+class Considered(Frozen):
+    """A size that was looked at for a workload, in the region chosen: its cheapest way, or why it lost."""
+
+    workload: str
+    sku: str
+    gpus: int
+    priority: Priority | None
+    verdict: Verdict
+    usd_per_month: Decimal | None
+    reason: str
+
+
+class RegionConsidered(Frozen):
+    """A region that was allowed: the cheapest plan's cost there, or why there is none."""
+
+    region: str
+    usd_per_month: Decimal | None
+    reason: str
+
+
+class QuotaAsk(Frozen):
+    """vCPUs to have before `pulumi up`. name: as Azure's quota page and `az vm list-usage` write it."""
+
+    name: str
+    vcpus: int
+    reason: str
+
+
+class PoolAlternatives(Frozen):
+    """One pool's machine bought in every way that has a price, for the hours that it is used."""
+
+    pool: str
+    sku: str
+    hours_per_month: Decimal
+    ways: tuple[Alternative, ...]
+
+
+class PricesUsed(Frozen):
+    """Which figures a plan rests on: sheet, digest of its file, oldest and newest day among those used, estimates."""
+
+    sheet: str
+    digest: str
+    oldest: date
+    newest: date
+    estimates: int
+
+
+class Plan(Frozen):
+    """The cheapest plan for an intent on a price sheet. Money is USD a month unless the name says otherwise."""
+
+    schema_version: Literal["tonnage.plan/1"] = "tonnage.plan/1"
+    intent_digest: str
+    region: str
+    pools: tuple[Pool, ...]
+    workloads: tuple[Placed, ...]
+    lines: tuple[Line, ...]
+    low_usd: Decimal
+    usd: Decimal
+    high_usd: Decimal
+    gpu_usd: Decimal
+    unpriced: tuple[str, ...]
+    prices: PricesUsed
+    quota: tuple[QuotaAsk, ...]
+    alternatives: tuple[PoolAlternatives, ...]
+    considered: tuple[Considered, ...]
+    regions: tuple[RegionConsidered, ...]
+    notes: tuple[str, ...] = ()
+
+
+def make_plan(intent: Intent, sheet: PriceSheet) -> Plan:
+    """The cheapest set of pools that holds the workloads, over all regions, sizes and ways to buy that are allowed.
+
+    Minimises the month's expected cost: machines, their disks, and what the region adds (system nodes, storage ...).
+    Raises DoesNotFit when nothing holds a workload or no region a plan, PlannerError for an unknown region.
+    """
+    jobs = jobs_of(intent)
+    regions = sheet.regions if ANY_REGION in intent.regions else tuple(dict.fromkeys(map(sheet.region, intent.regions)))
+    preferred = {family.lower() for family in intent.prefer_families}
+    notes: list[str] = []
+    best = None
+    if preferred:
+        best, seen = _cheapest_region(intent, jobs, sheet, regions, preferred)
+        if best is None:
+            notes.append("no plan stays within the preferred families, so all were searched")
+    if best is None:
+        best, seen = _cheapest_region(intent, jobs, sheet, regions, set())
+    if best is None:
+        reasons = "; ".join(dict.fromkeys(f"{s.region}: {s.reason}" for s in seen[:3]))
+        more = f" (and {len(seen) - 3} more regions)" if len(seen) > 3 else ""
+        raise DoesNotFit(f"no plan fits the intent: {reasons}{more}; allow other regions, sizes or more quota")
+    return _plan(intent, jobs, sheet, best, seen, notes)
+
+
+class _Found:
+    """The cheapest placement of a region, and what it was chosen from."""
+
+    def __init__(self, region: str, placement: Placement, tables: tuple[tuple[Choice, ...], ...], usd: Decimal) -> None:
+        self.region, self.placement, self.tables, self.usd = region, placement, tables, usd
+
+
+def _cheapest_region(
+    intent: Intent, jobs: Sequence[Job], sheet: PriceSheet, regions: Sequence[str], families: set[str]
+) -> tuple[_Found | None, list[RegionConsidered]]:
+    """The region with the cheapest plan (ties by name), and what every other came to."""
+    best: _Found | None = None
+    seen = []
+    kept, load = kept_in_blob(jobs), GpuLoad(pod_hours=_pod_hours(jobs))
+    for region in regions:
+        if sheet.rate(intent.cluster.system_sku, region, "on-demand") is None:
+            short = intent.cluster.system_sku.removeprefix("Standard_")
+            seen.append(
+                RegionConsidered(region=region, usd_per_month=None, reason=f"no price for the system nodes ({short})")
+            )
+            continue
+        tables = tuple(choices(job, i, sheet, region, shared=intent.take_turns) for i, job in enumerate(jobs))
+        if families:
+            tables = tuple(tuple(c for c in t if c.option.size.quota_family.lower() in families) for t in tables)
+        limit = limits(intent, region, _other_vcpus(intent))
+        placement = Search(tables, intent, sheet, region, limit).run()
+        if placement is None:
+            reason = no_placement(jobs, tables, sheet, region)
+            seen.append(RegionConsidered(region=region, usd_per_month=None, reason=reason))
+            continue
+        base = total(_cluster(intent, sheet, region, kept, load))
+        usd = base + placement.usd
+        seen.append(RegionConsidered(region=region, usd_per_month=usd, reason=""))
+        if best is None or usd < best.usd:
+            best = _Found(region, placement, tables, usd)
+    return best, seen
+
+
+def _other_vcpus(intent: Intent) -> int:
+    """vCPUs of system nodes and developers' machines, which count against the region's total."""
+    cluster = intent.cluster.resolved(intent.posture)
+    return cpu_size(cluster.system_sku).vcpus * (cluster.system_nodes or 0) + (
+        cpu_size(intent.developers.sku).vcpus * intent.developers.count
+    )
+
+
+def _cluster(intent: Intent, sheet: PriceSheet, region: str, kept: Kept, load: GpuLoad) -> tuple[Line, ...]:
+    return cluster_lines(
+        sheet,
+        region,
+        posture=intent.posture,
+        cluster=intent.cluster,
+        storage=intent.storage,
+        developers=intent.developers,
+        kept=kept,
+        load=load,
+    )
+
+
+def _pod_hours(jobs: Sequence[Job]) -> Decimal:
+    return sum((job.hours * job.workload.replicas for job in jobs), Decimal(0))
+
+
+def kept_in_blob(jobs: Sequence[Job]) -> Kept:
+    """What the workloads leave in storage: each model once a format, one adapter, and a run's checkpoints.
+
+    Written a month: hours of work / the checkpoint interval, which spot sets; without spot the same interval is kept.
+    """
+    stored: dict[tuple[str, str], int] = {}
+    adapter = checkpoint = 0
+    written = Decimal(0)
+    for job in jobs:
+        spec, option = job.spec, job.options[0]
+        scheme = weight_scheme(spec, None)
+        if job.workload.kind == "serve":
+            scheme = weight_scheme(spec, getattr(job.settings, "quantization", None))
+        stored[spec.name, scheme.name] = weight_bytes(spec, scheme)
+        memory = option.fit.memory
+        if isinstance(memory, TrainingMemory):
+            parts = {part.name: part.expected_bytes for part in memory.estimate.components}
+            adapter = max(adapter, parts.get("adapters", 0))
+            checkpoint = max(checkpoint, checkpoint_bytes(option.fit))
+            if option.overhead.interval_hours:
+                written += job.hours * job.workload.replicas / option.overhead.interval_hours
+    return Kept(
+        weights_bytes=sum(stored.values()),
+        adapter_bytes=adapter,
+        checkpoint_bytes=checkpoint,
+        checkpoints_written=written,
+    )
+
+
+def _plan(
+    intent: Intent,
+    jobs: Sequence[Job],
+    sheet: PriceSheet,
+    found: _Found,
+    seen: Sequence[RegionConsidered],
+    notes: Sequence[str],
+) -> Plan:
+    chosen = found.placement.choices
+    names = _pool_names(chosen)
+    compute = _compute_lines(intent, jobs, sheet, found.region, chosen)
+    disk_hours = sum((_billed_hours(jobs[c.job], c) * c.option.nodes for c in chosen if c.option.os_disk), Decimal(0))
+    load = GpuLoad(pod_hours=_pod_hours(jobs), os_disk_hours=disk_hours)
+    lines = (*compute, *_cluster(intent, sheet, found.region, kept_in_blob(jobs), load))
+    used = [line.provenance for line in lines if line.provenance is not None]
+    unpriced = tuple(line.key for line in lines if not line.priced)
+    return Plan(
+        intent_digest=intent.digest,
+        region=found.region,
+        pools=_pools(intent, jobs, chosen, names, compute),
+        workloads=tuple(_placed(jobs[c.job], c, names) for c in chosen),
+        lines=lines,
+        low_usd=total(lines, "low_usd"),
+        usd=total(lines),
+        high_usd=total(lines, "high_usd"),
+        gpu_usd=total(compute),
+        unpriced=unpriced,
+        prices=prices_used(sheet, used),
+        quota=_quota(intent, found.region, chosen),
+        alternatives=_alternatives(jobs, sheet, found.region, chosen, names),
+        considered=tuple(row for job in jobs for row in _considered(intent, job, jobs.index(job), sheet, found)),
+        regions=tuple(_against_best(row, found) for row in seen),
+        notes=(*notes, *_notes(intent, jobs, chosen, unpriced)),
+    )
+
+
+def _billed_hours(job: Job, choice: Choice) -> Decimal:
+    return job.hours * (choice.option.overhead.factor[1] if choice.priority == "spot" else Decimal(1))
+
+
+def _pool_names(chosen: Sequence[Choice]) -> dict[tuple[str, Priority], str]:
+    """A name a pool: the card and how it is bought, at most 12 lower-case letters and digits, as AKS takes them."""
+    short = {"on-demand": "od", "spot": "spot"}
+    names: dict[tuple[str, Priority], str] = {}
+    for choice in chosen:
+        if choice.pool in names:
+            continue
+        gpu = (choice.option.size.gpu or "gpu").split("-")[0]
+        base = f"{gpu[:6]}{short.get(choice.priority, 'res')}"
+        taken = set(names.values())
+        names[choice.pool] = next(n for n in (base, *(f"{base}{i}" for i in range(2, 99))) if n not in taken)
+    return names
+
+
+def _compute_lines(
+    intent: Intent,
+    jobs: Sequence[Job],
+    sheet: PriceSheet,
+    region: str,
+    chosen: Sequence[Choice],
+) -> tuple[Line, ...]:
+    """A line a workload; a commitment that workloads taking turns share is one line."""
+    lines: list[Line] = []
+    shared = pool_nodes(chosen, turns=intent.take_turns)
+    done: set[tuple[str, Priority]] = set()
+    for choice in chosen:
+        members = [c for c in chosen if c.pool == choice.pool]
+        together = intent.take_turns and choice.priority in COMMITTED
+        if together and choice.pool in done:
+            continue
+        done.add(choice.pool)
+        people = [jobs[c.job].workload.name for c in (members if together else [choice])]
+        hours = sum((jobs[c.job].hours for c in (members if together else [choice])), Decimal(0))
+        lines.append(
+            vm_line(
+                sheet,
+                key="gpu/" + "+".join(people),
+                group="compute",
+                label=" and ".join(_work_words(jobs[c.job]) for c in (members if together else [choice])),
+                sku=choice.option.size.name,
+                region=region,
+                priority=choice.priority,
+                count=shared[choice.pool] if together else choice.option.nodes,
+                hours=min(hours, MONTH_HOURS),
+                overhead=choice.option.overhead,
+            )
+        )
+    return tuple(lines)
+
+
+def _work_words(job: Job) -> str:
+    workload = job.workload
+    verb = "Fine-tuning" if isinstance(workload, FinetuneWorkload) else "Serving"
+    words = f"{verb} {job.spec.name} at {workload.context:,} tokens"
+    return words if workload.name in ("serve", "finetune") else f"{words} ({workload.name})"
+
+
+def _pools(
+    intent: Intent,
+    jobs: Sequence[Job],
+    chosen: Sequence[Choice],
+    names: dict[tuple[str, Priority], str],
+    compute: Sequence[Line],
+) -> tuple[Pool, ...]:
+    pools = []
+    for pool, nodes in pool_nodes(chosen, turns=intent.take_turns).items():
+        members = [choice for choice in chosen if choice.pool == pool]
+        people = {jobs[c.job].workload.name for c in members}
+        size = members[0].option.size
+        always = sum(c.option.nodes for c in members if jobs[c.job].schedule.always)
+        usd = sum(
+            (line.usd for line in compute if line.usd and people & set(line.key.removeprefix("gpu/").split("+"))),
+            Decimal(0),
+        )
+        plain = Pool(
+            name=names[pool],
+            sku=size.name,
+            gpu=size.gpu or "",
+            gpus_per_node=size.gpu_count or 0,
+            priority=pool[1],
+            min_nodes=nodes if pool[1] in COMMITTED else min(always, nodes),
+            max_nodes=nodes,
+            workloads=tuple(jobs[c.job].workload.name for c in members),
+            usd_per_month=usd,
+        )
+        pools.append(plain)
+        if pool[1] == "spot" and intent.pricing.fallback_on_demand:
+            twin = {"name": f"{plain.name[:-4]}fb", "priority": "on-demand", "min_nodes": 0, "fallback": True}
+            pools.append(plain.model_copy(update=twin | {"usd_per_month": Decimal(0)}))
+    return tuple(pools)
+
+
+def _placed(job: Job, choice: Choice, names: dict[tuple[str, Priority], str]) -> Placed:
+    fit, memory = choice.option.fit, choice.option.fit.memory
+    spot = choice.priority == "spot"
+    settings: dict[str, str] = {}
+    if isinstance(memory, TrainingMemory):
+        settings = {k: str(v) for k, v in memory.settings.model_dump(exclude_none=True, exclude_defaults=True).items()}
+    overhead = choice.option.overhead
+    return Placed(
+        name=job.workload.name,
+        task=job.workload.kind,
+        model=job.spec.name,
+        hub_id=job.spec.hub_id,
+        context=job.workload.context,
+        pool=names[choice.pool],
+        replicas=job.workload.replicas,
+        gpus=fit.place.gpus,
+        schedule=job.schedule.text,
+        hours_per_month=job.hours,
+        arguments=memory.arguments if isinstance(memory, ServingMemory) else (),
+        settings=settings,
+        checkpoint_interval_hours=overhead.interval_hours,
+        checkpoint_bytes=checkpoint_bytes(fit),
+        spot_factor=overhead.factor[1] if spot else Decimal(1),
+        needed_bytes=fit.needed_bytes,
+        usable_bytes=fit.usable_bytes,
+        memory=memory.estimate,
+    )
+
+
+def prices_used(sheet: PriceSheet, used: Sequence[Provenance]) -> PricesUsed:
+    """The sheet, and the oldest and newest day among the figures used."""
+    days = [p.as_of for p in used] or [sheet.as_of]
+    return PricesUsed(
+        sheet=sheet.name,
+        digest=sheet.digest,
+        oldest=min(days),
+        newest=max(days),
+        estimates=sum(p.estimate for p in used),
+    )
+
+
+def _quota(intent: Intent, region: str, chosen: Sequence[Choice]) -> tuple[QuotaAsk, ...]:
+    """What to ask Azure for: each GPU family, the system nodes' family, spot in total, and the region's total."""
+    family, spot = wanted_vcpus(chosen, turns=intent.take_turns, fallback=intent.pricing.fallback_on_demand)
+    wanted = [(name, vcpus, "GPU machines that are not spot, all pools full") for name, vcpus in sorted(family.items())]
+    cluster = intent.cluster.resolved(intent.posture)
+    nodes = (cluster.system_nodes or 0) + 1
+    system, people = cpu_size(cluster.system_sku), cpu_size(intent.developers.sku)
+    wanted.append((_family(system), system.vcpus * nodes, "system nodes and one more while they are upgraded"))
+    if intent.developers.count:
+        wanted.append((_family(people), people.vcpus * intent.developers.count, "developers' machines"))
+    total_vcpus = sum(vcpus for _, vcpus, _ in wanted)
+    if spot:
+        wanted.append(("Total Regional Spot vCPUs", spot, "spot machines of all families"))
+    wanted.append(("Total Regional vCPUs", total_vcpus, f"everything in {region} but spot"))
+    names = dict.fromkeys(name for name, _, _ in wanted)
+    return tuple(
+        QuotaAsk(
+            name=name,
+            vcpus=sum(vcpus for other, vcpus, _ in wanted if other == name),
+            reason="; ".join(reason for other, _, reason in wanted if other == name),
+        )
+        for name in names
+    )
+
+
+def _family(size: CpuSize) -> str:
+    return size.quota_family or f"the quota family of {size.name}"
+
+
+def _alternatives(
+    jobs: Sequence[Job],
+    sheet: PriceSheet,
+    region: str,
+    chosen: Sequence[Choice],
+    names: dict[tuple[str, Priority], str],
+) -> tuple[PoolAlternatives, ...]:
+    found = []
+    for pool in dict.fromkeys(choice.pool for choice in chosen):
+        members = [choice for choice in chosen if choice.pool == pool]
+        hours = min(sum((jobs[c.job].hours for c in members), Decimal(0)), MONTH_HOURS)
+        overhead = max((c.option.overhead for c in members), key=lambda o: o.factor[1])
+        found.append(
+            PoolAlternatives(
+                pool=names[pool],
+                sku=pool[0],
+                hours_per_month=hours,
+                ways=alternatives(sheet, pool[0], region, hours, overhead),
+            )
+        )
+    return tuple(found)
+
+
+def _considered(intent: Intent, job: Job, index: int, sheet: PriceSheet, found: _Found) -> list[Considered]:
+    """Every size for one workload in the chosen region, cheapest first, then those that cannot be and why."""
+    chosen = next(c for c in found.placement.choices if c.job == index)
+    others = [c for c in found.placement.choices if c.job != index]
+    cheapest: dict[str, Choice] = {}
+    for choice in choices(job, index, sheet, found.region, shared=False):
+        cheapest.setdefault(choice.option.size.name, choice)
+    limit = limits(intent, found.region, _other_vcpus(intent))
+    preferred = {family.lower() for family in intent.prefer_families}
+    rows = []
+    for size, outcome in job.outcomes:
+        name = size.short_name
+        if isinstance(outcome, str):
+            rows.append(_row(job, name, 0, None, "excluded", None, outcome))
+            continue
+        gpus = outcome.place.gpus
+        if isinstance(outcome, Misfit):
+            verdict: Verdict = "cannot run" if outcome.reason else "does not fit"
+            reason = outcome.reason or (
+                f"needs {format_gib(outcome.needed_bytes)} of {format_gib(outcome.usable_bytes)} a GPU;"
+                f" the largest part is {outcome.component}"
+            )
+            rows.append(_row(job, name, gpus, None, verdict, None, reason))
+            continue
+        best = chosen if size.name == chosen.option.size.name else cheapest.get(size.name)
+        if best is None:
+            rows.append(_row(job, name, gpus, None, "unpriced", None, f"no price in {found.region}"))
+            continue
+        usd = best.usd + (
+            _committed_usd(sheet, found.region, best) if intent.take_turns and best is chosen else Decimal(0)
+        )
+        if best is chosen:
+            rows.append(_row(job, name, gpus, best.priority, "chosen", usd, "the cheapest set of pools has it"))
+            continue
+        broken = exceeded([*others, best], limit, turns=intent.take_turns, fallback=intent.pricing.fallback_on_demand)
+        own = chosen.usd + (_committed_usd(sheet, found.region, chosen) if intent.take_turns else Decimal(0))
+        if broken:
+            rows.append(_row(job, name, gpus, best.priority, "quota", usd, broken))
+        elif preferred and size.quota_family.lower() not in preferred:
+            rows.append(_row(job, name, gpus, best.priority, "excluded", usd, "not of a preferred family"))
+        else:
+            more = f"{format_usd(usd - own)} a month more" if usd > own else "no cheaper, and shares no machine"
+            rows.append(_row(job, name, gpus, best.priority, "dearer", usd, more))
+    order = {"chosen": 0, "dearer": 1, "quota": 1, "excluded": 2, "unpriced": 3, "does not fit": 4, "cannot run": 5}
+    rows.sort(
+        key=lambda r: (order[r.verdict] if r.usd_per_month is None else min(order[r.verdict], 1), r.usd_per_month or 0)
+    )
+    return rows
+
+
+def _committed_usd(sheet: PriceSheet, region: str, choice: Choice) -> Decimal:
+    """What a commitment costs that the search counts by pool."""
+    if choice.priority not in COMMITTED:
+        return Decimal(0)
+    rate = sheet.rate(choice.option.size.name, region, choice.priority)
+    assert rate is not None
+    return rate * MONTH_HOURS * choice.option.nodes
+
+
+def _row(
+    job: Job, name: str, gpus: int, priority: Priority | None, verdict: Verdict, usd: Decimal | None, reason: str
+) -> Considered:
+    return Considered(
+        workload=job.workload.name,
+        sku=name,
+        gpus=gpus,
+        priority=priority,
+        verdict=verdict,
+        usd_per_month=usd,
+        reason=reason,
+    )
+
+
+def _against_best(row: RegionConsidered, found: _Found) -> RegionConsidered:
+    if row.usd_per_month is None:
+        return row
+    if row.region == found.region:
+        return row.model_copy(update={"reason": "the cheapest plan"})
+    return row.model_copy(update={"reason": f"{format_usd(row.usd_per_month - found.usd)} a month more"})
+
+
+def _notes(intent: Intent, jobs: Sequence[Job], chosen: Sequence[Choice], unpriced: Sequence[str]) -> list[str]:
+    notes = [
+        "hours are taken as asked on every size: a faster card may need fewer, which the plan does not count yet",
+    ]
+    if any(c.priority == "spot" and jobs[c.job].workload.kind == "serve" for c in chosen):
+        notes.append(
+            "a server on spot is away for minutes after each eviction: run a second replica where that matters"
+        )
+    if any(c.priority == "spot" for c in chosen) and intent.pricing.evictions_per_hour is None:
+        notes.append("no eviction rate was given: read yours in Azure Resource Graph (SpotResources)")
+    if unpriced:
+        notes.append(f"{len(unpriced)} lines have no price, so the total is a lower bound: {', '.join(unpriced)}")
+    return notes
+
+
+def over_budget(plan: Plan, intent: Intent) -> str:
+    """One sentence when the plan costs more than the intent's approved budget; empty when it does not."""
+    approved = intent.approved_usd_per_month
+    if approved is None or plan.usd <= approved:
+        return ""
+    return (
+        f"the plan costs {format_usd(plan.usd)} a month and {format_usd(approved)} is approved: raise the approval or"
+        " change the intent"
+    )

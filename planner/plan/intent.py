@@ -1,0 +1,271 @@
+"""What a person asks for: the intent. Everything else of a plan follows from it, the catalog and a price sheet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+
+from planner.catalog import load_model
+from planner.catalog.hardware import sku, skus
+from planner.catalog.prices import Priority
+from planner.cost.cluster import Cluster, Developers, Posture, Storage
+from planner.cost.schedule import Schedule, parse_schedule
+from planner.errors import PlannerError
+from planner.fit import Settings
+from planner.memory.serving import ServingSettings
+from planner.memory.training import FinetuneSettings
+from planner.model import Frozen, ModelSpec
+from planner.size import rope_factor
+from planner.units import parse_tokens
+
+ANY_REGION = "any"
+_NAME = r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$"
+
+
+def _tokens(value: object) -> object:
+    return parse_tokens(value) if isinstance(value, str) else value
+
+
+def _schedule(text: str) -> str:
+    return parse_schedule(text).text
+
+
+Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=1, le=1 << 26)]
+ScheduleText = Annotated[str, BeforeValidator(_schedule)]
+Share = Annotated[Decimal, Field(ge=0, lt=1)]
+Commitment = Literal["savings-plan-1y", "savings-plan-3y", "reserved-1y", "reserved-3y"]
+
+
+class ServeWorkload(Frozen):
+    """A vLLM server.
+
+    context: tokens (max_model_len); concurrency: sequences at the full context at once; replicas: pods
+    schedule: `always`, `80h` a month, or windows; model: in place of the intent's
+    settings: any other field of ServingSettings, under vLLM's own name; spot: False keeps it off spot machines
+    """
+
+    kind: Literal["serve"]
+    name: str = Field(default="serve", pattern=_NAME)
+    model: str | None = None
+    context: Tokens
+    concurrency: int = Field(default=1, ge=1, le=1 << 16)
+    replicas: int = Field(default=1, ge=1, le=1000)
+    schedule: ScheduleText = "always"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    spot: bool = True
+
+
+class FinetuneWorkload(Frozen):
+    """Fine-tuning runs: as ServeWorkload; schedule: hours of training work a month; replicas: runs at the same time."""
+
+    kind: Literal["finetune"]
+    name: str = Field(default="finetune", pattern=_NAME)
+    model: str | None = None
+    context: Tokens
+    method: Literal["full", "lora", "qlora", "dora", "qdora"] = "qlora"
+    replicas: int = Field(default=1, ge=1, le=1000)
+    schedule: ScheduleText = "80h"
+    settings: dict[str, Any] = Field(default_factory=dict)
+    spot: bool = True
+
+
+Workload = Annotated[ServeWorkload | FinetuneWorkload, Field(discriminator="kind")]
+
+
+class Pricing(Frozen):
+    """How machines may be bought.
+
+    spot: allowed at all; commitments: kinds that may be signed; fallback_on_demand: every spot pool gets a twin on
+    demand; evictions_per_hour: low, expected and high chance, in place of the catalog's assumption
+    """
+
+    spot: bool = True
+    commitments: tuple[Commitment, ...] = ()
+    fallback_on_demand: bool = False
+    evictions_per_hour: tuple[Share, Share, Share] | None = None
+
+    @field_validator("evictions_per_hour")
+    @classmethod
+    def _rises(cls, value: tuple[Decimal, Decimal, Decimal] | None) -> tuple[Decimal, Decimal, Decimal] | None:
+        if value is not None and not value[0] <= value[1] <= value[2]:
+            raise ValueError("low, expected and high must not fall")
+        return value
+
+    def priorities(self, *, spot: bool) -> tuple[Priority, ...]:
+        """The ways to buy a machine for a workload that may (or may not) run on spot."""
+        allowed: list[Priority] = ["on-demand"]
+        if self.spot and spot:
+            allowed.append("spot")
+        return (*allowed, *self.commitments)
+
+
+class Quota(Frozen):
+    """vCPUs that the subscription has in a region. Families that are not named, and None, are not limited here."""
+
+    family_vcpus: dict[str, int] = Field(default_factory=dict)
+    spot_vcpus: int | None = Field(default=None, ge=0)
+    total_vcpus: int | None = Field(default=None, ge=0)
+
+
+class Intent(Frozen):
+    """What a person asks for, as `tonnage:intent` of a stack holds it.
+
+    model: catalog name, folder, config.json or hub id; rope_scaling: factor by which contexts are extended
+    regions: allowed ones, or `any`; quota: by region, `*` for all; prefer_families: quota families to stay within
+    while they fit; skus: only these sizes; take_turns: the workloads never run at the same time, so they may share
+    machines; headroom: share of each GPU to leave free (None: as `planner size`)
+    approved_usd_per_month: what finance has signed; buffer, request_to: of the budget's request
+    """
+
+    model: str
+    rope_scaling: float | None = Field(default=None, ge=1, le=64)
+    workloads: tuple[Workload, ...] = Field(min_length=1, max_length=8)
+    regions: tuple[str, ...] = Field(default=("eastus",), min_length=1)
+    posture: Posture = "dev"
+    pricing: Pricing = Pricing()
+    quota: dict[str, Quota] = Field(default_factory=dict)
+    prefer_families: tuple[str, ...] = ()
+    skus: tuple[str, ...] = ()
+    take_turns: bool = False
+    headroom: float | None = Field(default=None, ge=0, lt=1)
+    cluster: Cluster = Cluster()
+    storage: Storage = Storage()
+    developers: Developers = Developers()
+    approved_usd_per_month: Decimal | None = Field(default=None, gt=0)
+    buffer: Share = Decimal("0.20")
+    request_to: Decimal = Field(default=Decimal(10), gt=0)
+    owners: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("skus")
+    @classmethod
+    def _sizes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sku(name).name for name in names)
+
+    @field_validator("prefer_families")
+    @classmethod
+    def _families(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        known = {size.quota_family.lower(): size.quota_family for size in skus()}
+        unknown = [name for name in names if name.lower() not in known]
+        if unknown:
+            raise PlannerError(
+                f"{unknown[0]!r} is not a quota family of a GPU size: `planner skus` lists them at 120 columns or more"
+            )
+        return tuple(known[name.lower()] for name in names)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Intent:
+        names = [workload.name for workload in self.workloads]
+        if len(set(names)) < len(names):
+            raise ValueError("two workloads have the same name: give each its own")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """The first 16 hex digits of the SHA-256 of the intent, by which a plan knows what it answers."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parse_intent(data: object, what: str) -> Intent:
+    """The intent in a mapping, as a stack file or JSON holds it. PlannerError names the first field that is wrong."""
+    if not isinstance(data, Mapping):
+        raise PlannerError(f"{what} holds no intent: write a mapping with model and workloads")
+    try:
+        # through JSON's types: YAML's floats would lose a Decimal's digits, and lists become tuples
+        return Intent.model_validate(_plain(data))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        message = first["msg"].removeprefix("Value error, ")
+        raise PlannerError(f"{what}: {where} cannot be planned: {message[:1].lower()}{message[1:]}") from error
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(_plain(inner) for inner in value)
+    return str(value) if isinstance(value, float) else value
+
+
+def model_of(intent: Intent, workload: ServeWorkload | FinetuneWorkload) -> ModelSpec:
+    """The model of a workload, its context extended where the intent says so. Raises PlannerError."""
+    spec = load_model(workload.model or intent.model)
+    if intent.rope_scaling:
+        spec = spec.model_copy(update={"max_context": int(spec.max_context * intent.rope_scaling)})
+    if workload.context > spec.max_context:
+        factor = -(-workload.context // spec.max_context)
+        raise PlannerError(
+            f"{workload.name}: {workload.context:,} tokens are beyond {spec.name}'s context of {spec.max_context:,}:"
+            f" lower it, or state the rope extension you will use (rope_scaling: {factor})"
+        )
+    return spec
+
+
+def settings_of(workload: ServeWorkload | FinetuneWorkload) -> Settings:
+    """The memory model's settings of a workload. PlannerError names the setting that is wrong."""
+    try:
+        if isinstance(workload, ServeWorkload):
+            fields = workload.settings | {"max_model_len": workload.context, "concurrency": workload.concurrency}
+            return ServingSettings(**fields)
+        offload = frozenset(cast("tuple[str, ...]", workload.settings.get("offload", ())))
+        fields = workload.settings | {"seq_len": workload.context, "method": workload.method, "offload": offload}
+        return FinetuneSettings(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise PlannerError(f"{workload.name}: the setting {name} cannot be planned: {first['msg'].lower()}") from error
+
+
+def schedule_of(workload: ServeWorkload | FinetuneWorkload) -> Schedule:
+    return parse_schedule(workload.schedule)
+
+
+def intents_from_options(options: Mapping[str, Any]) -> tuple[Intent, ...]:
+    """The intent behind the options of `planner plan` and `planner budget`, one for each context. PlannerError."""
+    contexts = [parse_tokens(part) for part in (options["ctx"] or "").split(",") if part.strip()]
+    if not options["model"] or not contexts:
+        raise PlannerError("nothing to plan: give --stack, or --model and --ctx")
+    return tuple(parse_intent(_from_options(options, context), "the options") for context in contexts)
+
+
+def _from_options(options: Mapping[str, Any], context: int) -> dict[str, Any]:
+    tuning = {"kind": "finetune", "context": context, "method": options["method"]}
+    serving = {
+        "kind": "serve",
+        "context": context,
+        "concurrency": options["concurrency"],
+        "replicas": options["replicas"],
+        "settings": {"quantization": options["quantization"]} if options["quantization"] else {},
+    }
+    tuning["schedule"], serving["schedule"] = options["finetune_hours"], options["serve_hours"]
+    wanted = {"serve": [serving], "finetune": [tuning], "both": [tuning, serving]}[options["task"]]
+    family = dict(_quota_option(text) for text in options["quota"] or ())
+    limited = family or options["spot_quota"] is not None
+    return {
+        "model": options["model"],
+        "rope_scaling": rope_factor(options["rope_scaling"]),
+        "workloads": wanted,
+        "regions": [part.strip() for part in options["region"].split(",") if part.strip()],
+        "posture": options["posture"],
+        "take_turns": options["take_turns"],
+        "pricing": {"spot": options["spot"], "commitments": options["commitment"] or ()},
+        "prefer_families": options["prefer_family"] or (),
+        "skus": options["sku"] or (),
+        "quota": {"*": {"family_vcpus": family, "spot_vcpus": options["spot_quota"]}} if limited else {},
+        "developers": {"count": options["developers"]},
+        "approved_usd_per_month": options["approved"],
+    }
+
+
+def _quota_option(text: str) -> tuple[str, int]:
+    """`StandardNCADSA100v4Family=48` -> the family and its vCPUs."""
+    name, found, vcpus = text.rpartition("=")
+    if not found or not name.strip() or not vcpus.strip().isdigit():
+        raise PlannerError(f"{text!r} is not a quota: write FAMILY=VCPUS, for example StandardNCADSA100v4Family=48")
+    return name.strip(), int(vcpus)
