@@ -1,0 +1,438 @@
+"""The budget: what finance signs. Lines rounded as printed, totals that are their sums, and everything it rests on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from datetime import date
+from decimal import Decimal
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from planner.catalog.assumptions import Assumption, assumptions
+from planner.catalog.prices import ExchangeRate, PriceSheet, Priority
+from planner.cost.lines import Alternative, Group, Line
+from planner.errors import PlannerError
+from planner.fit import Step
+from planner.model import Frozen
+from planner.plan import PricesUsed, prices_used
+from planner.units import CENT, format_usd, round_money
+
+SCHEMA = "tonnage.budget/1"
+QUARTER_MONTHS, YEAR_MONTHS = 3, 12
+
+
+class BudgetLine(Frozen):
+    """A line as printed. Amounts are of a month, in the budget's currency, rounded; None: unpriced.
+
+    unit_price: unrounded, of the expected figure; formula, source, as_of, estimate: behind the price
+    """
+
+    key: str
+    group: Group
+    label: str
+    basis: str
+    quantity: Decimal
+    unit: str
+    unit_price: Decimal | None
+    low: Decimal | None
+    amount: Decimal | None
+    high: Decimal | None
+    idle: Decimal
+    formula: str
+    source: str
+    as_of: date | None
+    estimate: bool
+    note: str
+    service: str
+    sku: str
+    region: str
+    priority: Priority | None
+
+
+class Supposed(Frozen):
+    """An assumption that the budget rests on, and the role or person that answers for it."""
+
+    text: str
+    value: str
+    owner: str
+    source: str
+
+
+class WhatIf(Frozen):
+    """The month's total if something were otherwise; None: it cannot be said, and why."""
+
+    change: str
+    total: Decimal | None
+    difference: Decimal | None
+    note: str
+
+
+class Commitment(Frozen):
+    """One machine bought every way, and what that says about signing for a year. Rates and monthly costs unrounded."""
+
+    machine: str
+    sku: str
+    hours_per_month: Decimal
+    ways: tuple[Alternative, ...]
+    advice: str
+
+
+class Change(Frozen):
+    """A line here and in an earlier budget. note: why they differ."""
+
+    key: str
+    label: str
+    before: Decimal | None
+    after: Decimal | None
+    difference: Decimal | None
+    note: str
+
+
+class Variance(Frozen):
+    """Against an earlier budget: what it was, line by line, and both totals."""
+
+    against: str
+    before_total: Decimal
+    after_total: Decimal
+    changes: tuple[Change, ...]
+
+
+class MemoryPoint(Frozen):
+    """Bytes that one GPU needs at a context, on the smallest Azure size that holds it (`place`)."""
+
+    context: int
+    needed_bytes: int
+    usable_bytes: int
+    place: str
+
+
+class MemoryCurve(Frozen):
+    """GPU memory by context for one task, and the contexts at which the smallest size changes."""
+
+    task: Literal["serve", "finetune"]
+    label: str
+    points: tuple[MemoryPoint, ...]
+    steps: tuple[Step, ...]
+
+
+class Rounding(Frozen):
+    """How amounts are rounded: each line to round_to; the request to the nearest (or the next) request_to."""
+
+    round_to: Decimal
+    request_to: Decimal
+    request_up: bool
+
+
+class Budget(Frozen):
+    """A budget, as its JSON twin holds it.
+
+    subject: in one plain sentence; unpriced: keys of lines without a price, which make the totals lower bounds
+    per_usd: the exchange rate used, None in USD; buffer_amount: requested - total; inputs_digest: of everything that
+    went in, so that equal digests mean equal budgets
+    """
+
+    schema_version: Literal["tonnage.budget/1"] = "tonnage.budget/1"
+    name: str
+    title: str
+    subject: str
+    region: str
+    generated: date
+    currency: str
+    per_usd: Decimal | None
+    lines: tuple[BudgetLine, ...]
+    unpriced: tuple[str, ...]
+    total_low: Decimal
+    total: Decimal
+    total_high: Decimal
+    buffer: Decimal
+    buffer_amount: Decimal
+    requested: Decimal
+    requested_per_quarter: Decimal
+    requested_per_year: Decimal
+    approved: Decimal | None
+    rounding: Rounding
+    prices: PricesUsed
+    price_age_days: int
+    inputs_digest: str
+    assumptions: tuple[Supposed, ...]
+    what_ifs: tuple[WhatIf, ...]
+    commitments: tuple[Commitment, ...]
+    variance: Variance | None = None
+    memory: tuple[MemoryCurve, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def over_approved(self) -> bool:
+        """The month costs more than was approved."""
+        return self.approved is not None and self.total > self.approved
+
+
+class Money(Frozen):
+    """How an amount in USD becomes one that is printed: times the exchange rate, then rounded."""
+
+    currency: str = "USD"
+    rate: ExchangeRate | None = None
+    rounding: Rounding = Rounding(round_to=CENT, request_to=Decimal(10), request_up=False)
+
+    def convert(self, usd: Decimal) -> Decimal:
+        return usd if self.rate is None else usd * self.rate.per_usd
+
+    def printed(self, usd: Decimal, *, up: bool = False) -> Decimal:
+        return round_money(self.convert(usd), self.rounding.round_to, up=up)
+
+
+class WhatIfDraft(Frozen):
+    """All lines of the month if something were otherwise; None: it cannot be said, and note says why."""
+
+    change: str
+    lines: tuple[Line, ...] | None
+    note: str
+
+
+class Draft(Frozen):
+    """What a budget is made of before it is rounded: see Budget for the words."""
+
+    name: str
+    title: str
+    subject: str
+    region: str
+    lines: tuple[Line, ...]
+    round_up: frozenset[str] = frozenset()
+    buffer: Decimal
+    approved: Decimal | None = None
+    assumptions: tuple[Supposed, ...] = ()
+    what_ifs: tuple[WhatIfDraft, ...] = ()
+    commitments: tuple[Commitment, ...] = ()
+    memory: tuple[MemoryCurve, ...] = ()
+    notes: tuple[str, ...] = ()
+    inputs: dict[str, str] = Field(default_factory=dict)
+
+
+def finish(draft: Draft, sheet: PriceSheet, money: Money, day: date, against: Budget | None = None) -> Budget:
+    """The budget of a draft: lines rounded first, totals their sums, then buffer and request.
+
+    requested = round(total x (1 + buffer)) to request_to; a quarter is 3 of them, a year 12.
+    """
+    lines = tuple(_rounded(line, money, up=line.key in draft.round_up) for line in draft.lines)
+    total = _sum(line.amount for line in lines)
+    wanted = total * (1 + draft.buffer)
+    requested = round_money(wanted, money.rounding.request_to, up=money.rounding.request_up)
+    used = [line.provenance for line in draft.lines if line.provenance is not None]
+    prices = prices_used(sheet, used)
+    budget = Budget(
+        name=draft.name,
+        title=draft.title,
+        subject=draft.subject,
+        region=draft.region,
+        generated=day,
+        currency=money.currency,
+        per_usd=money.rate.per_usd if money.rate else None,
+        lines=lines,
+        unpriced=tuple(line.key for line in lines if line.amount is None),
+        total_low=_sum(line.low for line in lines),
+        total=total,
+        total_high=_sum(line.high for line in lines),
+        buffer=draft.buffer,
+        buffer_amount=requested - total,
+        requested=requested,
+        requested_per_quarter=requested * QUARTER_MONTHS,
+        requested_per_year=requested * YEAR_MONTHS,
+        approved=None if draft.approved is None else money.convert(draft.approved),
+        rounding=money.rounding,
+        prices=prices,
+        price_age_days=machine_price_age(draft.lines, day),
+        inputs_digest=_digest(draft, sheet, money),
+        assumptions=draft.assumptions,
+        what_ifs=tuple(_what_if(row, total, money, draft.round_up) for row in draft.what_ifs),
+        commitments=draft.commitments,
+        memory=draft.memory,
+        notes=draft.notes,
+    )
+    return budget.model_copy(update={"variance": variance(against, budget)}) if against else budget
+
+
+def machine_price_age(lines: Iterable[Line], day: date) -> int:
+    """Days since the oldest machine price among the lines was read; services move too little to count."""
+    days = [line.provenance.as_of for line in lines if line.sku and line.provenance is not None]
+    return max((max((day - d).days, 0) for d in days), default=0)
+
+
+def _sum(amounts: Iterable[Decimal | None]) -> Decimal:
+    return sum((amount for amount in amounts if amount is not None), Decimal(0))
+
+
+def _rounded(line: Line, money: Money, *, up: bool) -> BudgetLine:
+    low, usd, high = (None if v is None else money.printed(v, up=up) for v in (line.low_usd, line.usd, line.high_usd))
+    price = line.provenance
+    return BudgetLine(
+        key=line.key,
+        group=line.group,
+        label=line.label,
+        basis=line.basis,
+        quantity=line.quantity,
+        unit=line.unit,
+        unit_price=None if line.unit_usd is None else money.convert(line.unit_usd),
+        low=low,
+        amount=usd,
+        high=high,
+        idle=money.printed(line.idle_usd),
+        formula=line.formula,
+        source=price.source if price else "",
+        as_of=price.as_of if price else None,
+        estimate=price.estimate if price else False,
+        note=line.note,
+        service=line.service,
+        sku=line.sku,
+        region=line.region,
+        priority=line.priority,
+    )
+
+
+def _what_if(row: WhatIfDraft, total: Decimal, money: Money, round_up: frozenset[str]) -> WhatIf:
+    missing = [line for line in row.lines or () if not line.priced and line.group == "compute"]
+    if row.lines is None or missing:
+        note = f"{missing[0].label}: {missing[0].note}" if missing else row.note
+        return WhatIf(change=row.change, total=None, difference=None, note=note)
+    amount = _sum(_rounded(line, money, up=line.key in round_up).amount for line in row.lines)
+    return WhatIf(change=row.change, total=amount, difference=amount - total, note=row.note)
+
+
+def _digest(draft: Draft, sheet: PriceSheet, money: Money) -> str:
+    """The first 16 hex digits of a SHA-256 over the inputs: what was asked, the price sheet's bytes, the rounding."""
+    content = {
+        "inputs": draft.inputs,
+        "lines": [line.key for line in draft.lines],
+        "sheet": sheet.digest,
+        "money": money.model_dump(mode="json"),
+        "buffer": str(draft.buffer),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def supposed(names: Sequence[str], owners: dict[str, str], more: Sequence[Supposed] = ()) -> tuple[Supposed, ...]:
+    """Assumptions of the catalog as a budget prints them; owners: a person in place of a role."""
+    rows = [_supposed(assumptions()[name], owners) for name in names]
+    return (*(s.model_copy(update={"owner": owners.get(s.owner, s.owner)}) for s in more), *rows)
+
+
+def _supposed(entry: Assumption, owners: dict[str, str]) -> Supposed:
+    value = (
+        f"{entry.expected:f}" if entry.low == entry.high else f"{entry.low:f} to {entry.high:f} ({entry.expected:f})"
+    )
+    return Supposed(
+        text=entry.text,
+        value=f"{value} {entry.unit}",
+        owner=owners.get(entry.owner, entry.owner),
+        source=entry.source,
+    )
+
+
+def advice(ways: Sequence[Alternative], hours: Decimal) -> str:
+    """Whether to sign for this machine, in one or two plain sentences: hours used against break-even hours."""
+    on_demand = next((way for way in ways if way.priority == "on-demand"), None)
+    spot = next((way for way in ways if way.priority == "spot"), None)
+    year = [way for way in ways if way.priority in ("reserved-1y", "savings-plan-1y")]
+    if not year:
+        return "No one-year price is known for this machine here: ask Azure for a quote before you commit."
+    best = min(year, key=lambda way: way.usd_per_month)
+    kind = "reservation" if best.priority == "reserved-1y" else "savings plan"
+    used = f"It is used {hours:.0f} hours a month"
+    doubt = " The figure is an estimate: get a quote first." if best.provenance.estimate else ""
+    if best.break_even_hours is None:
+        return f"{used}; a one-year {kind} never pays: do not commit.{doubt}"
+    against_spot = best.break_even_hours_against_spot
+    if spot is not None and spot.usd_per_month < best.usd_per_month:
+        tail = (
+            "and never below spot"
+            if against_spot is None
+            else f"and only from {against_spot:.0f} hours cheaper than spot"
+        )
+        return (
+            f"{used}; a one-year {kind} is cheaper than paying on demand from {best.break_even_hours:.0f} hours,"
+            f" {tail}: stay on spot as long as its interruptions can be borne.{doubt}"
+        )
+    if hours < best.break_even_hours:
+        return f"{used}; a one-year {kind} pays from {best.break_even_hours:.0f} hours: do not commit.{doubt}"
+    saved = f"{format_usd(on_demand.usd_per_month - best.usd_per_month)} a month" if on_demand else "money"
+    return (
+        f"{used}; a one-year {kind} pays from {best.break_even_hours:.0f} hours and saves {saved} against on demand:"
+        f" commit if the machine will stay for the year.{doubt}"
+    )
+
+
+def variance(before: Budget, after: Budget) -> Variance:
+    """Line by line against an earlier budget, by key, with the reason read from the two lines."""
+    old, new = {line.key: line for line in before.lines}, {line.key: line for line in after.lines}
+    changes = []
+    for key in dict.fromkeys([*old, *new]):
+        was, now = old.get(key), new.get(key)
+        line = now or was
+        assert line is not None
+        difference = None
+        if (was is None or was.amount is not None) and (now is None or now.amount is not None):
+            difference = (now.amount if now and now.amount else Decimal(0)) - (
+                was.amount if was and was.amount else Decimal(0)
+            )
+        changes.append(
+            Change(
+                key=key,
+                label=line.label,
+                before=was.amount if was else None,
+                after=now.amount if now else None,
+                difference=difference,
+                note=_why(was, now),
+            )
+        )
+    return Variance(
+        against=f"{before.title}, prices {before.prices.sheet}, {before.generated}",
+        before_total=before.total,
+        after_total=after.total,
+        changes=tuple(changes),
+    )
+
+
+def _why(was: BudgetLine | None, now: BudgetLine | None) -> str:
+    if was is None:
+        return "new"
+    if now is None:
+        return "no longer there"
+    if was.amount is None or now.amount is None:
+        if was.amount is None and now.amount is None:
+            return "unpriced in both"
+        return f"unpriced {'before' if was.amount is None else 'now'}"
+    reasons = []
+    if (was.sku, was.priority, was.region) != (now.sku, now.priority, now.region):
+        reasons.append(f"another machine or way to buy: {was.basis} -> {now.basis}")
+    if was.unit != now.unit:
+        reasons.append(f"counted differently: {was.basis} -> {now.basis}")
+    else:
+        if was.quantity != now.quantity:
+            reasons.append(f"quantity {_short(was.quantity)} -> {_short(now.quantity)} {now.unit}")
+        if was.unit_price != now.unit_price and was.unit_price is not None and now.unit_price is not None:
+            mark = ", an estimate" if now.estimate else ""
+            dated = f" (as of {now.as_of}{mark})" if now.as_of else ""
+            reasons.append(f"price {_short(was.unit_price)} -> {_short(now.unit_price)} a {now.unit}{dated}")
+    if not reasons:
+        return "the same" if was.amount == now.amount else "rounded differently"
+    return "; ".join(reasons)
+
+
+def _short(value: Decimal) -> str:
+    text = f"{value:,.6f}".rstrip("0").rstrip(".")
+    return text or "0"
+
+
+def read_budget(text: str, what: str) -> Budget:
+    """An earlier budget from its JSON twin. PlannerError for anything else."""
+    try:
+        return Budget.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise PlannerError(
+            f"{what} is not a budget of `planner budget --format json` ({where}: {first['msg'].lower()}):"
+            " write one with -o FILE.json first"
+        ) from error
