@@ -19,10 +19,14 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Capacity planner for small language models on Azure: bytes, GPU, VM size.",
+    help="Capacity planner for small language models on Azure: bytes, GPU, VM size, price, budget.",
 )
 validate_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Predictions against measurements.")
 app.add_typer(validate_app, name="validate")
+prices_app = typer.Typer(
+    invoke_without_command=True, rich_markup_mode=None, help="List prices of VM sizes, and how to refresh them."
+)
+app.add_typer(prices_app, name="prices")
 
 Option = typer.Option
 
@@ -206,3 +210,125 @@ def validate_finetune(file: File, as_json: Json = False, summary: Summary = Fals
     from planner.validate_finetune import COLUMNS, validate_finetune
 
     report.emit_validation(validate_finetune(load_rows(file, COLUMNS)), as_json=as_json, summary=summary)
+
+
+Stack = Annotated[str | None, Option(help="Read the intent of stacks/Pulumi.STACK.yaml.")]
+Prices = Annotated[
+    str | None, Option(help="Price sheet: a name or a file. [default: the newest refreshed, else the bundled one]")
+]
+MaxAge = Annotated[int | None, Option(help="Refuse machine prices older than so many days. [default: 365]", min=0)]
+
+
+@app.command()
+def plan(
+    stack: Stack = None,
+    model: Annotated[str | None, Option(help="Catalog name, folder, config.json or hub id.")] = None,
+    ctx: Annotated[str | None, Option("--ctx", "--context", help="Tokens: 32k, or several: 2k,8k,32k.")] = None,
+    task: Annotated[Literal["serve", "finetune", "both"], Option(help="What the machines are for.")] = "both",
+    method: Annotated[str, Option(help="Fine-tuning: full, lora, qlora, dora or qdora.")] = "qlora",
+    finetune_hours: Annotated[str, Option(help="Training: 80h a month, or windows.")] = "80h",
+    serve_hours: Annotated[str, Option(help="Serving: always, 60h, or 'mon-fri 08:00-18:00'.")] = "always",
+    quantization: Annotated[str | None, Option("--quantization", "-q", help="Serving: weights as awq, fp8 ...")] = None,
+    concurrency: Annotated[int, Option(help="Serving: sequences at the full context at once.", min=1)] = 1,
+    replicas: Annotated[int, Option(help="Serving: servers at once.", min=1)] = 1,
+    rope_scaling: Annotated[str | None, Option(help="Rope extension you will serve with, such as yarn:4.")] = None,
+    region: Annotated[str, Option(help="Azure regions allowed: eastus,westeurope, or any.")] = "eastus",
+    spot: Annotated[bool, Option(help="Spot machines are allowed.")] = True,
+    commitment: Annotated[
+        list[str] | None, Option(help="May be signed: reserved-1y, reserved-3y, savings-plan-1y, savings-plan-3y.")
+    ] = None,
+    take_turns: Annotated[bool, Option("--take-turns", help="The workloads never run at the same time.")] = False,
+    sku: Annotated[list[str] | None, Option(help="Only this size; may be repeated.")] = None,
+    prefer_family: Annotated[list[str] | None, Option(help="Stay in this quota family while it fits.")] = None,
+    quota: Annotated[list[str] | None, Option(help="FAMILY=VCPUS that the subscription has; may be repeated.")] = None,
+    spot_quota: Annotated[int | None, Option(help="Spot vCPUs that the subscription has.", min=0)] = None,
+    posture: Annotated[Literal["dev", "prod"], Option(help="How the cluster around is built.")] = "dev",
+    developers: Annotated[int, Option(help="People with a D4s_v5 of their own, 200 hours a month.", min=0)] = 0,
+    approved: Annotated[str | None, Option(help="USD a month that are approved.")] = None,
+    prices: Prices = None,
+    max_price_age: MaxAge = None,
+    explain: Annotated[bool, Option("--explain", help="Every formula, size and way to buy.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The cheapest machines that hold the workloads, what a month costs, and why the others lost."""
+    from planner import money
+
+    done = money.plans(locals())
+    money.emit_plans(done, as_json=as_json, explain=explain)
+    money.check(done)
+
+
+@app.command()
+def budget(
+    stack: Stack = None,
+    scenario: Annotated[str | None, Option(help="A published scenario: dev-2k, dev-32k, prod-budget ...")] = None,
+    output: Annotated[str | None, Option("-o", "--output", help="Write to this file instead of stdout.")] = None,
+    form: Annotated[
+        Literal["md", "html", "json", "csv"] | None,
+        Option("--format", help="md, html, json or csv. [default: by the file's name, else md]"),
+    ] = None,
+    against: Annotated[str | None, Option(help="Earlier budget (its JSON) to show the variance against.")] = None,
+    currency: Annotated[str, Option(help="Currency of the page, by the sheet's exchange rate.")] = "USD",
+    region: Annotated[str | None, Option(help="Another Azure region than the stack's or scenario's.")] = None,
+    prices: Prices = None,
+    max_price_age: MaxAge = None,
+) -> None:
+    """The budget page for finance: totals, what if, commitments, assumptions, where every price comes from."""
+    from planner import money
+
+    made = money.budget(locals())
+    money.emit_budget(made, output, form)
+    money.check_budget(made)
+
+
+@prices_app.callback()
+def prices_table(
+    context: typer.Context,
+    sku: Annotated[str | None, Option(help="One size in every region.")] = None,
+    region: Annotated[str | None, Option(help="Every size in this region, or this size there.")] = None,
+    prices: Prices = None,
+    as_json: Json = False,
+) -> None:
+    """A size across regions and ways to buy, or all sizes of a region."""
+    if context.invoked_subcommand is None:
+        from planner import money
+
+        money.emit_prices(sku, region, prices, as_json=as_json)
+
+
+@prices_app.command("refresh")
+def prices_refresh(
+    currency: Annotated[str, Option(help="Fetch this currency's exchange rate too.")] = "USD",
+    endpoint: Annotated[str, Option(help="Another address of the Retail Prices API.")] = "https://prices.azure.com",
+) -> None:
+    """Read today's prices from the Azure Retail Prices API into the cache, and show what changed."""
+    from planner import money
+
+    money.refresh(currency, endpoint)
+
+
+@app.command()
+def compare(
+    tokens_per_month: Annotated[str, Option(help="Tokens in and out: 5e9, 300M.")],
+    api: Annotated[str, Option(help="The API's USD a million tokens: in,out or one for both.")],
+    input_share: Annotated[str, Option(help="Share of the tokens that go in.")] = "0.75",
+    model: Annotated[str, Option(help="The model to host instead.")] = "qwen3-8b",
+    ctx: Annotated[str, Option("--ctx", "--context", help="Its context in tokens.")] = "8k",
+    quantization: Annotated[str | None, Option("--quantization", "-q", help="Weights as awq, fp8 ...")] = None,
+    tokens_per_second: Annotated[
+        list[str] | None, Option(help="SIZE=RATE that one machine sustains under load, measured; may be repeated.")
+    ] = None,
+    utilization: Annotated[str, Option(help="Mean load / what the machines could do.")] = "0.5",
+    server: Annotated[str | None, Option(help="A server at this price a month instead of Azure sizes.")] = None,
+    region: Annotated[str, Option(help="Azure regions allowed, or any.")] = "eastus",
+    spot: Annotated[bool, Option(help="Spot machines are allowed.")] = True,
+    commitment: Annotated[list[str] | None, Option(help="May be signed: reserved-1y ...")] = None,
+    sku: Annotated[list[str] | None, Option(help="Only this size; may be repeated.")] = None,
+    prices: Prices = None,
+    max_price_age: MaxAge = None,
+    as_json: Json = False,
+) -> None:
+    """Make or buy: your own machines against an API that bills by the token, with the break-even."""
+    from planner import money
+
+    money.emit_comparison(money.comparison(locals()), as_json=as_json)

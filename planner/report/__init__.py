@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from planner.catalog import ModelEntry
 from planner.catalog.hardware import Gpu, VmSku, gpu_of
-from planner.fit import Step
+from planner.fit import PRICED_IN, Remedy, Step
 from planner.size import ContextAnswer, SizeAnswer, TracedPeak
-from planner.units import format_gib, format_tokens, gib_figure
+from planner.units import format_gib, format_tokens, format_usd, gib_figure
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -209,8 +209,13 @@ def _reasons(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> li
             lines.append(f"{row.place}: {row.link}")
         if not row.fits:
             lines.append(f"[red]{_escape(row.reason)}.[/red]" + (" What would fit:" if row.remedies else ""))
-            lines += [f"  {format_gib(r.needed_bytes):>9} with {r.change}: {r.flags}" for r in row.remedies]
+            lines += [_remedy_line(remedy) for remedy in row.remedies]
     return list(dict.fromkeys(lines))
+
+
+def _remedy_line(remedy: Remedy) -> str:
+    price = "" if remedy.usd_per_hour is None else f" ({format_usd(remedy.usd_per_hour)} an hour in {PRICED_IN})"
+    return f"  {format_gib(remedy.needed_bytes):>9} with {remedy.change}: {remedy.flags}{price}"
 
 
 def _trace_line(tokens: int, traced: TracedPeak) -> str:
