@@ -153,8 +153,9 @@ def emit_budget(made: Budget, output: str | None, form: Format | None) -> None:
         return
     try:
         write_atomically(Path(output), text)
-    except OSError as error:
-        raise PlannerError(f"{output} cannot be written ({error.strerror}): choose another place with -o") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not a path"
+        raise PlannerError(f"{output!r} cannot be written ({reason}): choose another place with -o") from error
     print(f"wrote {output}: {made.requested:,} {made.currency} a month requested", file=sys.stderr)
 
 

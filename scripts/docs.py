@@ -1,5 +1,5 @@
-"""Rebuild what is generated: docs/cli.md from the commands' help, docs/validation.md from the measurements, and the
-output that the README shows.
+"""Rebuild what is generated: docs/cli.md from the commands' help, docs/validation.md from the measurements,
+docs/scenarios.md from the price sheets, and the output that the README shows.
 
 `python scripts/docs.py` writes them; `python scripts/docs.py --check` exits 1 when one is out of date.
 """
@@ -21,6 +21,11 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("size",),
     ("models",),
     ("skus",),
+    ("plan",),
+    ("budget",),
+    ("prices",),
+    ("prices", "refresh"),
+    ("compare",),
     ("validate",),
     ("validate", "serving"),
     ("validate", "finetune"),
@@ -78,6 +83,71 @@ def validation_page() -> str:
     return "".join(lines).rstrip("\n") + "\n"
 
 
+def scenarios_page() -> str:
+    """The published budgets with their own prices and today's; plans by context beside the published choices."""
+    from datetime import date
+
+    from planner.budget import Money
+    from planner.catalog.prices import load_sheet
+    from planner.catalog.scenarios import reference, scenarios
+    from planner.money import scenario_budget
+    from planner.plan import intents_from_options
+    from planner.plan.beside import beside_reference
+    from planner.units import format_tokens
+
+    sheet, known = load_sheet("2026-11"), load_sheet(reference().sheet)
+    lines = [
+        GENERATED,
+        "# Published budgets, reproduced and brought up to date\n",
+        f"\nThe scenarios come from {reference().source} ({reference().as_of}). With the sheet `{known.name}`\n"
+        f"each line, total and request is reproduced to the dollar; with the sheet `{sheet.name}` the same lines show\n"
+        "list prices as last read. Amounts in USD a month.\n",
+    ]
+    for scenario in scenarios().values():
+        budget = scenario_budget(scenario.name, sheet, Money(), date(2026, 11, 22))
+        published = scenario_budget(scenario.name, known, Money(), date(2026, 11, 22))
+        assert budget.variance is not None
+        rule = f"lines to {scenario.round_to} USD, buffer {scenario.buffer:.0%}, request to the"
+        rule += f" {'next' if scenario.request_up else 'nearest'} {scenario.request_to}"
+        lines.append(f"\n## {scenario.name}\n\n{scenario.title}. Rounding: {rule}.\n\n")
+        lines.append("| line | published | today | difference | why |\n|---|---:|---:|---:|---|\n")
+        for change in budget.variance.changes:
+            cells = ("unpriced" if v is None else f"{v:,}" for v in (change.before, change.after, change.difference))
+            lines.append(f"| {change.label} | {' | '.join(cells)} | {change.note} |\n")
+        for name, before, after in (
+            ("total", published.total, budget.total),
+            ("request", published.requested, budget.requested),
+        ):
+            lines.append(f"| **{name}** | {before:,} | {after:,} | {after - before:,} | |\n")
+    lines.append("\n## Plans by context beside the published choices\n\n")
+    lines.append(
+        "Qwen3-8B, 80 hours of QLoRA and 60 hours of serving a month that take turns, spot allowed, eastus; GPU"
+        " machines only,\nwith the expected cost of evictions. 64k rests on a rope extension.\n"
+    )
+    for title, quantization in (("16-bit serving", None), ("4-bit serving (AWQ)", "awq")):
+        lines.append(f"\n### {title}\n\n| context | plan | USD | published | USD | difference | why |\n")
+        lines.append("|---:|---|---:|---|---:|---:|---|\n")
+        for row in beside_reference(intents_from_options(_options(quantization)), sheet):
+            usd = ("-" if v is None else f"{v:,.2f}" for v in (row.usd_per_month, row.reference_usd_per_month))
+            ours, theirs = usd
+            difference = "-" if row.difference_usd is None else f"{row.difference_usd:+,.2f}"
+            lines.append(
+                f"| {format_tokens(row.context)} | {row.plan} | {ours} | {row.reference} | {theirs} | {difference}"
+                f" | {row.why} |\n"
+            )
+    return "".join(lines)
+
+
+def _options(quantization: str | None) -> dict[str, object]:
+    """The options of `planner plan` behind the table by context."""
+    return {
+        "model": "qwen3-8b", "ctx": "2k,4k,8k,16k,32k,64k", "task": "both", "method": "qlora", "concurrency": 1,
+        "replicas": 1, "quantization": quantization, "finetune_hours": "80h", "serve_hours": "60h", "region": "eastus",
+        "rope_scaling": "yarn:2", "posture": "dev", "take_turns": True, "spot": True, "commitment": None, "sku": None,
+        "prefer_family": None, "quota": None, "spot_quota": None, "developers": 0, "approved": None,
+    }  # fmt: skip
+
+
 def readme_page() -> str:
     """README.md with the output that its first example prints at 80 columns."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -98,6 +168,7 @@ def readme_page() -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "docs/cli.md": cli_page,
     "docs/validation.md": validation_page,
+    "docs/scenarios.md": scenarios_page,
     "README.md": readme_page,
 }
 

@@ -22,6 +22,7 @@ from planner.units import CENT, format_usd, round_money
 
 SCHEMA = "tonnage.budget/1"
 QUARTER_MONTHS, YEAR_MONTHS = 3, 12
+LUMP_SUM = "a lump sum"
 
 
 class BudgetLine(Frozen):
@@ -406,15 +407,17 @@ def _why(was: BudgetLine | None, now: BudgetLine | None) -> str:
     reasons = []
     if (was.sku, was.priority, was.region) != (now.sku, now.priority, now.region):
         reasons.append(f"another machine or way to buy: {was.basis} -> {now.basis}")
-    if was.unit != now.unit:
+    elif was.unit != now.unit or was.basis == LUMP_SUM != now.basis:
         reasons.append(f"counted differently: {was.basis} -> {now.basis}")
+    elif was.unit_price != now.unit_price and " free," in now.formula + was.formula:
+        reasons.append(f"counted differently: {was.formula} -> {now.formula}")
     else:
         if was.quantity != now.quantity:
             reasons.append(f"quantity {_short(was.quantity)} -> {_short(now.quantity)} {now.unit}")
         if was.unit_price != now.unit_price and was.unit_price is not None and now.unit_price is not None:
             mark = ", an estimate" if now.estimate else ""
             dated = f" (as of {now.as_of}{mark})" if now.as_of else ""
-            reasons.append(f"price {_short(was.unit_price)} -> {_short(now.unit_price)} a {now.unit}{dated}")
+            reasons.append(f"price {_short(was.unit_price)} -> {_short(now.unit_price)} per {now.unit}{dated}")
     if not reasons:
         return "the same" if was.amount == now.amount else "rounded differently"
     return "; ".join(reasons)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from decimal import Decimal
 
-from planner.budget import Commitment, Draft, Money, Rounding, Supposed, WhatIfDraft, advice
+from planner.budget import LUMP_SUM, Commitment, Draft, Money, Rounding, Supposed, WhatIfDraft, advice
 from planner.budget.of_plan import memory_curves, reservation_note
 from planner.catalog import load_model
 from planner.catalog.hardware import VmSku
@@ -94,7 +94,7 @@ def _line(
             key=item.key,
             group=_group(item),
             label=item.label,
-            basis=f"{figure(item.units)} {unit}" if item.meter else "a lump sum",
+            basis=f"{figure(item.units)} {unit}" if item.meter else LUMP_SUM,
             meter=lump,
             region=region,
             units=item.units,

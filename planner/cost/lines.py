@@ -125,8 +125,10 @@ def vm_line(
     if committed:
         words = f"all month ({figure(hours, 1)} hours used)" if hours < MONTH_HOURS else "all month"
     formula = f"{count} x {figure(billed[1])} h x {figure(rate)} USD/h"
-    if factor != ONE:
-        formula += f" ({figure(hours)} h of work x {figure(factor[1])} for evictions)"
+    if not committed and (factor != ONE or idle_hours):
+        formula += f" ({figure(hours)} h of work"
+        formula += f" x {figure(factor[1])} for evictions" if factor != ONE else ""
+        formula += f" + {figure(idle_hours)} h until it is given back)" if idle_hours else ")"
     return Line(
         **common,
         basis=f"{many}{short}, {words} {PRIORITY_WORDS[priority]} at ${figure(rate)}",

@@ -44,8 +44,8 @@ class Schedule(Frozen):
 
     @property
     def starts_per_month(self) -> Decimal:
-        """How often a month it switches on: once a window, and once a working day (21.7) for plain hours."""
-        if self.always:
+        """How often a month it switches on: once a window, and once a working day (21.7) for plain hours; 0 never."""
+        if self.always or self.hours == 0:
             return Decimal(0)
         weeks = MONTH_HOURS / 168
         return weeks * (len(self.windows) or 5)

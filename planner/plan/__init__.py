@@ -313,7 +313,9 @@ def _plan(
 
 
 def _billed_hours(job: Job, choice: Choice) -> Decimal:
-    return job.hours * (choice.option.overhead.factor[1] if choice.priority == "spot" else Decimal(1))
+    """Hours a month that one machine of the choice is there."""
+    factor = choice.option.overhead.factor[1] if choice.priority == "spot" else Decimal(1)
+    return job.hours * factor + job.idle_hours
 
 
 def _pool_names(chosen: Sequence[Choice]) -> dict[tuple[str, Priority], str]:
@@ -361,6 +363,7 @@ def _compute_lines(
                 count=shared[choice.pool] if together else choice.option.nodes,
                 hours=min(hours, MONTH_HOURS),
                 overhead=choice.option.overhead,
+                idle_hours=jobs[choice.job].idle_hours,
             )
         )
     return tuple(lines)

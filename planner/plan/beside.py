@@ -69,7 +69,7 @@ def _why(ours: Plan, theirs: Plan | None, refusal: str, choice: ReferenceChoice 
     if choice is None:
         return "the reference names no size for this context"
     if theirs is None:
-        return f"the reference does not hold it: {refusal}"
+        return f"{sku(choice.sku).short_name} does not hold it: {refusal}"
     saved = theirs.gpu_usd - ours.gpu_usd
     if saved == 0:
         return "the same machines"
@@ -78,4 +78,4 @@ def _why(ours: Plan, theirs: Plan | None, refusal: str, choice: ReferenceChoice 
     if {pool.gpu for pool in ours.pools} == {sku(choice.sku).gpu}:
         return f"saves {format_usd(saved)}: the same card in a smaller machine"
     dear = ", which has no spot price here" if ours_on_spot and not theirs_on_spot else ""
-    return f"saves {format_usd(saved)}: sizes that cost less hold it than {sku(choice.sku).short_name}{dear}"
+    return f"saves {format_usd(saved)}: cheaper machines hold it than {sku(choice.sku).short_name}{dear}"

@@ -18,6 +18,7 @@ from planner.fit import Fit, Misfit, Settings, candidates, fit_size, gpu_options
 from planner.memory.training import FinetuneSettings, TrainingMemory
 from planner.model import ModelSpec
 from planner.plan.intent import FinetuneWorkload, Intent, Quota, ServeWorkload, model_of, schedule_of, settings_of
+from planner.units import format_gib
 
 OUTSIDE_EVERY_VM = "no machine has so many GPUs"
 
@@ -41,6 +42,9 @@ class Job:
         self.settings: Settings = settings_of(workload)
         self.schedule: Schedule = schedule_of(workload)
         self.hours: Decimal = self.schedule.hours_per_month()
+        # a machine that is no longer needed stays a while, each time
+        kept = self.schedule.starts_per_month * assumption("scale_down_hours").expected
+        self.idle_hours: Decimal = max(min(kept, MONTH_HOURS - self.hours), Decimal(0))
         self.headroom: float = (
             intent.headroom if intent.headroom is not None else 0.0 if workload.kind == "serve" else 0.05
         )
@@ -100,8 +104,9 @@ class Job:
         if fits_not:
             least = min(fits_not, key=lambda o: o.missing_bytes)
             return (
-                f"{where} fits on no size that the intent allows; the nearest is {least.place.label}, where the"
-                f" {least.component} is the largest part: run `planner size` for what would fit"
+                f"{where} fits on no size that is allowed: {least.place.label} lacks"
+                f" {format_gib(least.missing_bytes)} of {format_gib(least.needed_bytes)} a GPU, most of it"
+                f" {least.component} (`planner size` says what would fit)"
             )
         return f"{where}: {reasons[0]}" if reasons else f"{where} has no size to run on: loosen skus"
 
@@ -183,8 +188,8 @@ def limits(intent: Intent, region: str, other_vcpus: int) -> Limits:
 def choices(job: Job, index: int, sheet: PriceSheet, region: str, *, shared: bool) -> tuple[Choice, ...]:
     """Every way to run a job in a region that has a price, cheapest first; ties go to fewer machines, then by name.
 
-    usd = machines x hours x overhead x (hourly price + disk), or machines x 730 h x hourly price for commitments,
-    with the disk by the hours used. shared: the committed part is counted by the pool, not here.
+    usd = machines x (hours x overhead + idle hours) x (hourly price + disk), or machines x 730 h x hourly price for
+    commitments, with the disk by the hours used. shared: the committed part is counted by the pool, not here.
     """
     disk = sheet.meter("disk-premium-p10", region)
     disk_rate = Decimal(0) if disk is None else disk.tiers[-1].usd / MONTH_HOURS
@@ -198,7 +203,7 @@ def choices(job: Job, index: int, sheet: PriceSheet, region: str, *, shared: boo
             if rate is None:
                 continue
             factor = option.overhead.factor[1] if priority == "spot" else Decimal(1)
-            used = job.hours * factor * option.nodes
+            used = (job.hours * factor + job.idle_hours) * option.nodes
             usd = used * disk_rate if option.os_disk else Decimal(0)
             if priority not in COMMITTED:
                 usd += used * rate

@@ -285,7 +285,8 @@ def progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+    terminal = Console(file=sys.stderr)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
         task = bar.add_task(title, total=None, what="")
 
         def advance(done: int, total: int, what: str) -> None:

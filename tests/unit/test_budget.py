@@ -86,7 +86,9 @@ def test_todays_dev_32k_by_hand() -> None:
     assert [line.amount for line in budget.lines][:5] == [81, 41, 77, 5, 0]
     assert budget.variance is not None
     notes = {change.key: change.note for change in budget.variance.changes}
-    assert notes["gpu/finetune"] == "price 1.15 -> 0.67877 a hour (as of 2026-07-01)"
+    assert notes["network/egress"] == "counted differently: 50 GB x 0.087 USD -> 50 GB, first 100 free, x 0.087 USD"
+    assert notes["monitoring/operations"].startswith("counted differently: a lump sum -> 5 GB log-analytics; ")
+    assert notes["gpu/finetune"] == "price 1.15 -> 0.67877 per hour (as of 2026-07-01)"
 
 
 def test_an_estimated_price_is_marked_down_to_the_line() -> None:

@@ -82,7 +82,10 @@ def every_placement(intent: Any, sheet: PriceSheet) -> Iterator[Decimal]:
                 pool = (option.size.name, way)
                 before = nodes.get(pool, 0)
                 nodes[pool] = max(before, option.nodes) if intent.take_turns else before + option.nodes
-                hours = job.hours * (option.overhead.factor[1] if way == "spot" else 1) * option.nodes
+                # 730 / 168 weeks x windows a week (5 for plain hours) x 10 minutes until a machine is given back
+                starts = 0 if job.schedule.always else D(730) / 168 * (len(job.schedule.windows) or 5)
+                idle = max(min(starts * D("0.1667"), 730 - job.hours), D(0))
+                hours = (job.hours * (option.overhead.factor[1] if way == "spot" else 1) + idle) * option.nodes
                 if (option.size.temp_disk_gib or 0) < 128:
                     usd += hours / 730 * disk.tiers[0].usd
                 if way not in COMMITTED:
@@ -252,10 +255,10 @@ def test_a_region_is_found_as_people_write_it() -> None:
 
 
 def test_a_commitment_that_workloads_share_is_paid_once() -> None:
-    # one reserved machine at 7,300 a year = 0.8333 an hour = 608.33 a month; on demand 10 an hour is dearer from 61 h
+    # one reserved machine at 7,300 a year = 608.33 a month; on demand 9.5 an hour is dearer from 64.04 h
     sheet = sheet_of(
         {
-            ("NC24ads_A100_v4", "eastus", "on-demand"): "10",
+            ("NC24ads_A100_v4", "eastus", "on-demand"): "9.5",
             ("NC24ads_A100_v4", "eastus", "reserved-1y"): "7300",
         }
     )
@@ -263,8 +266,9 @@ def test_a_commitment_that_workloads_share_is_paid_once() -> None:
     apart = make_plan(intent_of(take_turns=False, pricing={"commitments": ["reserved-1y"]}), sheet)
     assert round(turns.gpu_usd, 2) == D("608.33")
     assert [pool.max_nodes for pool in turns.pools] == [1]
-    # side by side: training 80 h x 10 = 800 > 608.33 is reserved, serving 60 h x 10 = 600 is paid by the hour
-    assert round(apart.gpu_usd, 2) == D("1208.33")
+    # side by side: training 83.62 h x 9.5 = 794 > 608.33 is reserved; serving is paid by the hour, 60 h and 21.73 times
+    # 10 minutes until the machine is given back: 63.6218 h x 9.5 = 604.41
+    assert round(apart.gpu_usd, 2) == D("1212.74")
 
 
 def test_a_quota_moves_the_plan_to_what_it_allows() -> None:
@@ -400,11 +404,12 @@ def test_the_plans_by_context_beside_the_published_choices() -> None:
         assert rows[context].plan == "NC4as_T4_v3 spot"
         assert rows[context].reference == "NC8as_T4_v3"
         assert rows[context].difference_usd is not None
-        assert -10 < rows[context].difference_usd < -8  # about 141 h x 0.0641 = 9.0
+        assert -10 < rows[context].difference_usd < -8  # about 148.5 h x 0.0641 = 9.5
         assert rows[context].why.endswith("the same card in a smaller machine")
-    # at 8K the reference takes an A10, which has no spot price there: 140 h x 3.2 = 448
+    # at 8K the reference takes an A10, which has no spot price there: 140 h, and twice 21.73 times 10 minutes until the
+    # machine is given back (7.2435 h), x 3.2 = 471.18
     assert rows[8192].plan == "NC4as_T4_v3 spot"
-    assert rows[8192].reference_usd_per_month == D("448.0")
+    assert round(rows[8192].reference_usd_per_month, 2) == D("471.18")
     assert "no spot price here" in rows[8192].why
     # from 16K training needs the A100 that the reference takes, but 4-bit serving stays on a T4
     for context in (16384, 32768):
@@ -421,7 +426,7 @@ def test_with_16_bit_weights_the_published_t4_does_not_hold_the_server() -> None
     # 8.19 billion weights of 2 bytes are 15.3 GiB, and a T4 has 14.6
     for context in (2048, 4096):
         assert rows[context].reference_usd_per_month is None
-        assert rows[context].why.startswith("the reference does not hold it: serve")
+        assert rows[context].why.startswith("NC8as_T4_v3 does not hold it: serve")
     for context in (16384, 32768, 65536):
         assert rows[context].plan == "NC24ads_A100_v4 spot"
         assert rows[context].difference_usd == 0
