@@ -299,7 +299,9 @@ def prices_table(
 @prices_app.command("refresh")
 def prices_refresh(
     currency: Annotated[str, Option(help="Fetch this currency's exchange rate too.")] = "USD",
-    endpoint: Annotated[str, Option(help="Another address of the Retail Prices API.")] = "https://prices.azure.com",
+    endpoint: Annotated[
+        str, Option(help="Address of the Retail Prices API.", envvar="TONNAGE_PRICES_ENDPOINT")
+    ] = "https://prices.azure.com",
 ) -> None:
     """Read today's prices from the Azure Retail Prices API into the cache, and show what changed."""
     from planner import money

@@ -13,12 +13,12 @@ from pydantic import Field, ValidationError
 
 from planner.catalog.assumptions import Assumption, assumptions
 from planner.catalog.prices import ExchangeRate, PriceSheet, Priority
-from planner.cost.lines import Alternative, Group, Line
+from planner.cost.lines import Alternative, Group, Line, counted, figure
 from planner.errors import PlannerError
 from planner.fit import Step
 from planner.model import Frozen
 from planner.plan import PricesUsed, prices_used
-from planner.units import CENT, format_usd, round_money
+from planner.units import CENT, money_figure, round_money
 
 SCHEMA = "tonnage.budget/1"
 QUARTER_MONTHS, YEAR_MONTHS = 3, 12
@@ -320,12 +320,12 @@ def supposed(names: Sequence[str], owners: dict[str, str], more: Sequence[Suppos
 
 
 def _supposed(entry: Assumption, owners: dict[str, str]) -> Supposed:
-    value = (
-        f"{entry.expected:f}" if entry.low == entry.high else f"{entry.low:f} to {entry.high:f} ({entry.expected:f})"
-    )
+    value = figure(entry.expected)
+    if entry.low != entry.high:
+        value = f"{figure(entry.low)} to {figure(entry.high)}, expected {value}"
     return Supposed(
         text=entry.text,
-        value=f"{value} {entry.unit}",
+        value=f"{value} ({entry.unit})",
         owner=owners.get(entry.owner, entry.owner),
         source=entry.source,
     )
@@ -357,7 +357,7 @@ def advice(ways: Sequence[Alternative], hours: Decimal) -> str:
         )
     if hours < best.break_even_hours:
         return f"{used}; a one-year {kind} pays from {best.break_even_hours:.0f} hours: do not commit.{doubt}"
-    saved = f"{format_usd(on_demand.usd_per_month - best.usd_per_month)} a month" if on_demand else "money"
+    saved = f"{money_figure(on_demand.usd_per_month - best.usd_per_month)} USD a month" if on_demand else "money"
     return (
         f"{used}; a one-year {kind} pays from {best.break_even_hours:.0f} hours and saves {saved} against on demand:"
         f" commit if the machine will stay for the year.{doubt}"
@@ -388,7 +388,7 @@ def variance(before: Budget, after: Budget) -> Variance:
             )
         )
     return Variance(
-        against=f"{before.title}, prices {before.prices.sheet}, {before.generated}",
+        against=f"{before.name} with the prices {before.prices.sheet}, made on {before.generated}",
         before_total=before.total,
         after_total=after.total,
         changes=tuple(changes),
@@ -406,26 +406,21 @@ def _why(was: BudgetLine | None, now: BudgetLine | None) -> str:
         return f"unpriced {'before' if was.amount is None else 'now'}"
     reasons = []
     if (was.sku, was.priority, was.region) != (now.sku, now.priority, now.region):
-        reasons.append(f"another machine or way to buy: {was.basis} -> {now.basis}")
+        reasons.append(f"another machine or way to buy: {was.basis}, now {now.basis}")
     elif was.unit != now.unit or was.basis == LUMP_SUM != now.basis:
-        reasons.append(f"counted differently: {was.basis} -> {now.basis}")
+        reasons.append(f"counted differently: {was.basis}, now {now.basis}")
     elif was.unit_price != now.unit_price and " free," in now.formula + was.formula:
-        reasons.append(f"counted differently: {was.formula} -> {now.formula}")
+        reasons.append(f"counted differently: {was.formula}, now {now.formula}")
     else:
         if was.quantity != now.quantity:
-            reasons.append(f"quantity {_short(was.quantity)} -> {_short(now.quantity)} {now.unit}")
+            reasons.append(f"quantity from {figure(was.quantity)} to {counted(now.quantity, now.unit)}")
         if was.unit_price != now.unit_price and was.unit_price is not None and now.unit_price is not None:
             mark = ", an estimate" if now.estimate else ""
             dated = f" (as of {now.as_of}{mark})" if now.as_of else ""
-            reasons.append(f"price {_short(was.unit_price)} -> {_short(now.unit_price)} per {now.unit}{dated}")
+            reasons.append(f"price from {figure(was.unit_price)} to {figure(now.unit_price)} per {now.unit}{dated}")
     if not reasons:
         return "the same" if was.amount == now.amount else "rounded differently"
     return "; ".join(reasons)
-
-
-def _short(value: Decimal) -> str:
-    text = f"{value:,.6f}".rstrip("0").rstrip(".")
-    return text or "0"
 
 
 def read_budget(text: str, what: str) -> Budget:

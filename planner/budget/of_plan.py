@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal
 
 from planner.budget import Commitment, Draft, MemoryCurve, MemoryPoint, Supposed, WhatIfDraft, advice, supposed
 from planner.catalog.prices import PriceSheet
-from planner.cost.lines import Line, figure, vm_line
+from planner.cost.lines import PRIORITY_WORDS, Line, figure, vm_line
 from planner.cost.schedule import MONTH_HOURS
 from planner.errors import PlannerError
 from planner.fit import Fit, Settings, Task, ladder, smallest, with_context
 from planner.model import ModelSpec
-from planner.plan import Intent, Plan, make_plan
+from planner.plan import Intent, Plan, PoolAlternatives, make_plan
 from planner.plan.choices import Job
 from planner.plan.intent import FinetuneWorkload, ServeWorkload
 
@@ -43,7 +44,7 @@ def draft_of_plan(name: str, intent: Intent, plan: Plan, sheet: PriceSheet) -> D
         what_ifs=tuple(_what_ifs(intent, plan, sheet)),
         commitments=tuple(
             Commitment(
-                machine=f"{pool.pool}, {pool.sku.removeprefix('Standard_')}",
+                machine=_machine(plan, pool),
                 sku=pool.sku,
                 hours_per_month=pool.hours_per_month,
                 ways=pool.ways,
@@ -57,6 +58,12 @@ def draft_of_plan(name: str, intent: Intent, plan: Plan, sheet: PriceSheet) -> D
     )
 
 
+def _machine(plan: Plan, ways: PoolAlternatives) -> str:
+    """`NC24ads_A100_v4 for finetune, serve`."""
+    work = next(pool.workloads for pool in plan.pools if pool.name == ways.pool)
+    return f"{ways.sku.removeprefix('Standard_')} for {', '.join(work)}"
+
+
 def _subject(intent: Intent, plan: Plan, jobs: list[Job]) -> str:
     parts = []
     for job in jobs:
@@ -68,14 +75,23 @@ def _subject(intent: Intent, plan: Plan, jobs: list[Job]) -> str:
     return f"{text[:1].upper()}{text[1:]}; Azure region {plan.region}."
 
 
+_doing = {"finetune": "fine-tuning", "serve": "serving"}
+
+
+def _hours(hours: Decimal, schedule: str) -> str:
+    """`80 hours`, or `217.3 hours (mon-fri 08:00-18:00)`."""
+    text = f"{figure(hours, 1)} hours"
+    return text if not schedule or schedule[:1].isdigit() else f"{text} ({schedule})"
+
+
 def _stated(intent: Intent, plan: Plan) -> tuple[Supposed, ...]:
     """What the intent itself says and somebody must stand for."""
     rows = [
         Supposed(
-            text=f"How long {placed.name} runs in a month.",
-            value=f"{figure(placed.hours_per_month, 1)} hours ({placed.schedule})",
+            text=f"How long {_doing[placed.task]} runs in a month ({placed.name}).",
+            value=_hours(placed.hours_per_month, placed.schedule),
             owner="machine-learning engineer",
-            source="intent",
+            source="as stated for this plan",
         )
         for placed in plan.workloads
     ]
@@ -85,7 +101,7 @@ def _stated(intent: Intent, plan: Plan) -> tuple[Supposed, ...]:
             text="Training data kept in storage.",
             value=f"{storage.dataset_gb} GB",
             owner="machine-learning engineer",
-            source="intent",
+            source="as stated for this plan",
         )
     )
     rows.append(
@@ -93,16 +109,17 @@ def _stated(intent: Intent, plan: Plan) -> tuple[Supposed, ...]:
             text="Data that leaves Azure in a month.",
             value=f"{cluster.egress_gb_per_month} GB",
             owner="platform engineer",
-            source="intent",
+            source="as stated for this plan",
         )
     )
     if intent.developers.count:
+        each = _hours(intent.developers.hours.hours_per_month(), "")
         rows.append(
             Supposed(
                 text="People with a machine of their own.",
-                value=f"{intent.developers.count}, {intent.developers.schedule}",
+                value=f"{intent.developers.count}, each {each} a month",
                 owner="platform engineer",
-                source="intent",
+                source="as stated for this plan",
             )
         )
     rows.append(
@@ -122,7 +139,9 @@ def _what_ifs(intent: Intent, plan: Plan, sheet: PriceSheet) -> list[WhatIfDraft
             other = make_plan(altered, sheet)
         except PlannerError as error:
             return WhatIfDraft(change=change, lines=None, note=str(error))
-        pools = (f"{p.sku.removeprefix('Standard_')} {p.priority}" for p in other.pools if not p.fallback)
+        pools = (
+            f"{p.sku.removeprefix('Standard_')} {PRIORITY_WORDS[p.priority]}" for p in other.pools if not p.fallback
+        )
         return WhatIfDraft(change=change, lines=other.lines, note=f"then {', '.join(pools)} in {other.region}")
 
     rows = []

@@ -20,7 +20,7 @@ from planner.model import ModelSpec
 
 LEFT_OUT = (
     "as published, the scenario leaves out the cluster's system nodes, their disks, the control plane, the container"
-    " registry and the time that evictions cost: `planner budget --stack` counts them"
+    " registry and the time that evictions cost; the budget of a plan counts them"
 )
 
 
@@ -117,7 +117,7 @@ def _sum_of_parts(item: Item, sheet: PriceSheet, region: str) -> Line:
             units=units,
             service=item.service,
         )
-        for meter, units in item.parts
+        for meter, units, _ in item.parts
     ]
     missing = [part.label for part in parts if not part.priced]
     usd = None if missing else total(tuple(parts))
@@ -126,9 +126,7 @@ def _sum_of_parts(item: Item, sheet: PriceSheet, region: str) -> Line:
         key=item.key,
         group=_group(item),
         label=item.label,
-        basis="; ".join(
-            f"{figure(units)} {part.unit} {meter}" for part, (meter, units) in zip(parts, item.parts, strict=True)
-        ),
+        basis="; ".join(words for _, _, words in item.parts),
         quantity=Decimal(1),
         unit="month",
         unit_usd=usd,

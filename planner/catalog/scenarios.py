@@ -15,7 +15,8 @@ from planner.model import Frozen
 class Item(Frozen):
     """One line of a scenario: machines (sku, priority, count, hours) or a service (meter or flat, units).
 
-    flat: a meter that some sheets price as a lump; where a sheet has no such meter, parts (meter, units) are added up
+    flat: a meter that some sheets price as a lump; where a sheet has no such meter, its parts are added up, each a
+    meter, units of it, and both in words
     round_up: this line goes up to the next unit of the scenario's rounding instead of the nearest
     """
 
@@ -27,7 +28,7 @@ class Item(Frozen):
     hours: Decimal = Decimal(0)
     meter: str = ""
     flat: str = ""
-    parts: tuple[tuple[str, Decimal], ...] = ()
+    parts: tuple[tuple[str, Decimal, str], ...] = ()
     units: Decimal = Decimal(1)
     service: str = "Virtual Machines"
     round_up: bool = False

@@ -68,6 +68,14 @@ def figure(value: Decimal, places: int = 6) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def counted(units: Decimal, unit: str) -> str:
+    """`730 hours`, `1 hour`, `5 x 10,000 operations`, `250 GB`, `15.3 GB-months`."""
+    number = figure(units)
+    if unit[:1].isdigit():
+        return f"{number} x {unit}"
+    return f"{number} {unit}" if units == 1 or unit == "GB" else f"{number} {unit}s"
+
+
 def vm_line(
     sheet: PriceSheet,
     *,
@@ -106,7 +114,7 @@ def vm_line(
         "priority": priority,
     }
     if offer is None:
-        why = sheet.unpriced.get(sku) or f"no {PRIORITY_WORDS[priority]} price in {region}"
+        why = sheet.unpriced.get(sku) or f"not priced in {region}: {PRIORITY_WORDS[priority]}"
         return Line(
             **common,
             basis=f"{many}{short}, {figure(billed[1], 1)} hours {PRIORITY_WORDS[priority]}",
@@ -131,7 +139,7 @@ def vm_line(
         formula += f" + {figure(idle_hours)} h until it is given back)" if idle_hours else ")"
     return Line(
         **common,
-        basis=f"{many}{short}, {words} {PRIORITY_WORDS[priority]} at ${figure(rate)}",
+        basis=f"{many}{short}, {words} {PRIORITY_WORDS[priority]}",
         unit_usd=rate,
         low_usd=low,
         usd=usd,
@@ -194,7 +202,7 @@ def meter_line(
 
 def _meter_formula(meter: Meter, units: Decimal, times: Decimal) -> str:
     head = f"{figure(times)} x " if times != 1 else ""
-    text = f"{head}{figure(units)} {meter.unit}"
+    text = head + counted(units, meter.unit)
     free = meter.free_units
     if free:
         text += f", first {figure(free)} free,"

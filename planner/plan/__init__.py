@@ -308,7 +308,7 @@ def _plan(
         alternatives=_alternatives(jobs, sheet, found.region, chosen, names),
         considered=tuple(row for job in jobs for row in _considered(intent, job, jobs.index(job), sheet, found)),
         regions=tuple(_against_best(row, found) for row in seen),
-        notes=(*notes, *_notes(intent, jobs, chosen, unpriced)),
+        notes=(*notes, *_notes(intent, jobs, chosen)),
     )
 
 
@@ -585,7 +585,7 @@ def _against_best(row: RegionConsidered, found: _Found) -> RegionConsidered:
     return row.model_copy(update={"reason": f"{format_usd(row.usd_per_month - found.usd)} a month more"})
 
 
-def _notes(intent: Intent, jobs: Sequence[Job], chosen: Sequence[Choice], unpriced: Sequence[str]) -> list[str]:
+def _notes(intent: Intent, jobs: Sequence[Job], chosen: Sequence[Choice]) -> list[str]:
     notes = [
         "hours are taken as asked on every size: a faster card may need fewer, which the plan does not count yet",
     ]
@@ -595,8 +595,6 @@ def _notes(intent: Intent, jobs: Sequence[Job], chosen: Sequence[Choice], unpric
         )
     if any(c.priority == "spot" for c in chosen) and intent.pricing.evictions_per_hour is None:
         notes.append("no eviction rate was given: read yours in Azure Resource Graph (SpotResources)")
-    if unpriced:
-        notes.append(f"{len(unpriced)} lines have no price, so the total is a lower bound: {', '.join(unpriced)}")
     return notes
 
 

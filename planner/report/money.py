@@ -58,6 +58,11 @@ def print_plan(console: Console, plan: Plan, *, explain: bool = False) -> None:
     console.print(table)
     if explain:
         _alternatives(console, plan)
+    for line in plan.lines:
+        if not line.priced:
+            console.print(
+                f"Unpriced: {_escape(line.label)} ({line.note}): the total is a lower bound.", highlight=False
+            )
     for note in plan.notes:
         console.print(f"Note: {_escape(note)}.", highlight=False)
     prices = plan.prices
@@ -105,7 +110,8 @@ def _bill(plan: Plan, width: int, *, explain: bool) -> object:
     for line in plan.lines:
         if line in small:
             continue
-        basis = line.formula if explain else line.basis
+        rate = f" at {figure(line.unit_usd)}" if line.sku and line.unit_usd is not None else ""
+        basis = line.formula if explain else line.basis + rate
         mark = " *" if line.provenance and line.provenance.estimate else ""
         table.add_row(line.label, _escape(basis), "unpriced" if line.usd is None else money_figure(line.usd) + mark)
     if small:

@@ -215,7 +215,7 @@ def test_a_savings_plan_is_paid_all_month_too() -> None:
 def test_a_price_that_is_missing_is_not_zero() -> None:
     line = line_of("reserved-3y")
     assert (line.usd, line.low_usd, line.high_usd, line.unit_usd) == (None, None, None, None)
-    assert "reserved, 3 years" in line.note
+    assert line.note == "not priced in eastus: reserved, 3 years"
     assert total((line, line_of("on-demand"))) == D("367.300")
 
 
