@@ -12,11 +12,10 @@ from planner.catalog.hardware import sku
 from planner.catalog.prices import PriceSheet, Priority, Provenance
 from planner.cost.lines import alternatives, figure
 from planner.cost.schedule import MONTH_HOURS
-from planner.cost.spot import serving_overhead
 from planner.errors import PlannerError
 from planner.model import Frozen
 from planner.plan import Intent, Plan
-from planner.plan.choices import Job, spot_risk
+from planner.plan.choices import Job
 from planner.units import format_usd
 
 MILLION = Decimal(1_000_000)
@@ -179,7 +178,6 @@ def compare(demand: Demand, intent: Intent, plan: Plan, sheet: PriceSheet, speed
     job = Job(intent, intent.workloads[0])
     cluster = plan.usd - plan.gpu_usd
     allowed = intent.pricing.priorities(spot=job.workload.spot)
-    overhead = serving_overhead(spot_risk(intent))
     names = {option.size.short_name for option in job.options}
     if "" in speeds and len(names) > 1:
         raise PlannerError(
@@ -191,7 +189,7 @@ def compare(demand: Demand, intent: Intent, plan: Plan, sheet: PriceSheet, speed
     rows = []
     for option in job.options:
         speed = speeds.get(option.size.short_name, speeds.get(""))
-        for way in alternatives(sheet, option.size.name, plan.region, MONTH_HOURS, overhead):
+        for way in alternatives(sheet, option.size.name, plan.region, MONTH_HOURS):
             if way.priority in allowed:
                 rows.append(
                     _row(

@@ -127,7 +127,9 @@ def vm_line(
         )
     rate = offer.usd_per_hour
     low, usd, high = (rate * count * amount for amount in billed)
-    used = min(hours * factor[1], MONTH_HOURS)
+    used = hours * factor[1]
+    if overhead and priority == "spot":
+        used -= hours * overhead.away[1]
     idle = rate * count * max(billed[1] - used, Decimal(0))
     words = f"{figure(billed[1], 1)} hours"
     if committed:

@@ -22,10 +22,14 @@ class SpotRisk(Frozen):
 
 
 class Overhead(Frozen):
-    """Billed hours for an hour of work (>= 1), low, expected, high; interval_hours: between checkpoints, if any."""
+    """What evictions add. factor: billed hours for an hour of work (>= 1); away: share of the hours without an answer.
 
-    factor: Range
-    interval_hours: Decimal | None
+    Both low, expected, high. interval_hours: between checkpoints, if any; checkpoint_hours: to write one
+    """
+
+    factor: Range = (Decimal(1), Decimal(1), Decimal(1))
+    away: Range = (Decimal(0), Decimal(0), Decimal(0))
+    interval_hours: Decimal | None = None
     checkpoint_hours: Decimal | None = None
 
 
@@ -86,12 +90,15 @@ def training_overhead(risk: SpotRisk, checkpoint_hours: float) -> Overhead:
 
 
 def serving_overhead(risk: SpotRisk) -> Overhead:
-    """A server's overhead on spot: nothing is lost, but each eviction bills a restart: 1 + R / M."""
-    factors = [
-        1 + float(restart) / hours_between_evictions(float(p))
+    """A server's overhead on spot: its hours are those of its schedule, and R / (M + R) of them are restarts.
+
+    The machine taken back is no longer billed and the next one is from its start, so the bill stays what it is.
+    """
+    away = [
+        float(restart) / (hours_between_evictions(float(p)) + float(restart))
         for restart, p in zip(risk.restart_hours, risk.evictions_per_hour, strict=True)
     ]
-    return Overhead(factor=_range(factors), interval_hours=None)
+    return Overhead(away=_range(away))
 
 
 def _range(values: list[float]) -> Range:

@@ -15,7 +15,7 @@ from pydantic import Field
 from planner.catalog.hardware import CpuSize, cpu_size
 from planner.catalog.prices import COMMITTED, PriceSheet, Priority, Provenance
 from planner.cost.cluster import GpuLoad, Kept, cluster_lines
-from planner.cost.lines import Alternative, Line, alternatives, total, vm_line
+from planner.cost.lines import Alternative, Line, alternatives, figure, total, vm_line
 from planner.cost.schedule import MONTH_HOURS
 from planner.errors import DoesNotFit
 from planner.fit import Misfit, Task
@@ -68,7 +68,8 @@ class Placed(Frozen):
     """A workload where the plan puts it.
 
     gpus: of a replica; hours_per_month: of work; arguments: of vLLM; settings: of the trainer
-    checkpoint_interval_hours, spot_factor: on spot; needed_bytes, usable_bytes, memory: of the fullest GPU
+    checkpoint_interval_hours, spot_factor, away_hours_per_month: what evictions ask for, add, and take from a server
+    needed_bytes, usable_bytes, memory: of the fullest GPU
     """
 
     name: str
@@ -86,6 +87,7 @@ class Placed(Frozen):
     checkpoint_interval_hours: Decimal | None = None
     checkpoint_bytes: int = 0
     spot_factor: Decimal = Decimal(1)
+    away_hours_per_month: Decimal = Decimal(0)
     needed_bytes: int
     usable_bytes: int
     memory: MemoryEstimate
@@ -434,6 +436,7 @@ def _placed(job: Job, choice: Choice, names: dict[tuple[str, Priority], str]) ->
         checkpoint_interval_hours=overhead.interval_hours,
         checkpoint_bytes=checkpoint_bytes(fit),
         spot_factor=overhead.factor[1] if spot else Decimal(1),
+        away_hours_per_month=overhead.away[1] * job.hours if spot else Decimal(0),
         needed_bytes=fit.needed_bytes,
         usable_bytes=fit.usable_bytes,
         memory=memory.estimate,
@@ -589,10 +592,14 @@ def _notes(intent: Intent, jobs: Sequence[Job], chosen: Sequence[Choice]) -> lis
     notes = [
         "hours are taken as asked on every size: a faster card may need fewer, which the plan does not count yet",
     ]
-    if any(c.priority == "spot" and jobs[c.job].workload.kind == "serve" for c in chosen):
-        notes.append(
-            "a server on spot is away for minutes after each eviction: run a second replica where that matters"
-        )
+    for choice in chosen:
+        job, (low, expected, high) = jobs[choice.job], choice.option.overhead.away
+        if choice.priority == "spot" and expected:
+            notes.append(
+                f"{job.workload.name} on spot is away for about {figure(expected * job.hours, 1)} of its"
+                f" {figure(job.hours, 1)} hours a month ({figure(low * job.hours, 1)} to {figure(high * job.hours, 1)})"
+                f"{'' if job.workload.replicas > 1 else ': run a second replica where that matters'}"
+            )
     if any(c.priority == "spot" for c in chosen) and intent.pricing.evictions_per_hour is None:
         notes.append("no eviction rate was given: read yours in Azure Resource Graph (SpotResources)")
     return notes

@@ -176,9 +176,15 @@ def test_training_overhead_rises_from_low_to_high() -> None:
     assert float(overhead.interval_hours or 0) == pytest.approx(0.6244, rel=0.02)
 
 
-def test_a_server_pays_a_restart_an_eviction() -> None:
-    # 1 + 0.25 / 19.4957 = 1.012823; without evictions 1
-    assert serving_overhead(RISK).factor[:2] == (D("1.000000"), D("1.012823"))
+def test_a_server_is_away_while_it_restarts_and_its_bill_stays_the_same() -> None:
+    # 0.25 / (19.4957 + 0.25) = 0.012661; without evictions never
+    overhead = serving_overhead(RISK)
+    assert overhead.away[:2] == (D(0), D("0.012661"))
+    assert overhead.factor == (1, 1, 1)
+    spot = vm_line(SHEET, **VM, priority="spot", count=1, hours=D(100), overhead=overhead)  # type: ignore[arg-type]
+    assert spot.low_usd == spot.usd == spot.high_usd == D("67.877")
+    # of 100 hours 1.2661 are paid while nothing answers
+    assert spot.idle_usd == D("0.67877") * D("1.2661")
 
 
 # ----------------------------------------------------------------------------------------------------------- lines
