@@ -8,21 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from html import escape
 from itertools import groupby
-from math import ceil, floor, log2, log10
-from typing import Literal, NamedTuple
+from math import ceil, floor, log2
+from typing import NamedTuple
 
 from planner.budget import Budget, BudgetLine, Commitment, MemoryCurve
 from planner.catalog.prices import COMMITTED, Priority
 from planner.cost.lines import PRIORITY_WORDS
 from planner.cost.schedule import MONTH_HOURS
 from planner.fit import Step
-from planner.model import Frozen
+from planner.pages.svg import (
+    FONT,
+    NARROW,
+    WIDE,
+    Box,
+    Figure,
+    drawing,
+    put_circle,
+    put_line,
+    put_path,
+    put_rect,
+    put_text,
+    shorten,
+    spread,
+    text_width,
+    ticks,
+    wrap,
+)
 from planner.units import format_gib, format_tokens, money_figure, to_gib
 
-WIDE, NARROW = 816, 358
-FONT, SMALL = 13, 12
 MOST_BARS = 10
 SMALLEST_SHARE = Decimal("0.01")  # of the total: below that a line goes into "other"
 HOURS = float(MONTH_HOURS)
@@ -37,130 +51,6 @@ LINE_STYLES: dict[Priority, str] = {
     "reserved-1y": "reserved",
     "reserved-3y": "reserved three",
 }
-
-
-class Figure(Frozen):
-    """A chart. caption: what it shows, in plain words; wide, narrow: the same as SVG for a desk and for a phone."""
-
-    type: Literal["figure"] = "figure"
-    caption: str
-    wide: str
-    narrow: str
-
-
-class Box(NamedTuple):
-    """The area of a plot inside its SVG."""
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-
-# ------------------------------------------------------------------------------------------------------------ drawing
-
-
-def text_width(text: str, size: float = SMALL) -> float:
-    """At most how wide a text is drawn, in the widest of the fonts that the page asks for (DejaVu Sans, Verdana)."""
-    return size * sum(_em(letter) for letter in text)
-
-
-def _em(letter: str) -> float:
-    if letter in "ijlI|'.,:; ":
-        return 0.38
-    if letter in 'ft()[]{}-r/"_':
-        return 0.5
-    if letter in "mwMW%@" or not letter.isascii():
-        return 1.0
-    return 0.78 if letter.isupper() else 0.65
-
-
-def shorten(text: str, width: float, size: float = SMALL) -> str:
-    """The text, or as much of it as fits a width, with three dots."""
-    if text_width(text, size) <= width:
-        return text
-    while text and text_width(f"{text}...", size) > width:
-        text = text[:-1]
-    return f"{text.rstrip()}..."
-
-
-def wrap(text: str, width: float, size: float = SMALL, most: int = 2) -> list[str]:
-    """The text in at most so many lines of a width; the last is shortened."""
-    lines: list[str] = []
-    words = text.split()
-    while words and len(lines) < most - 1:
-        count = len(words)
-        while count > 1 and text_width(" ".join(words[:count]), size) > width:
-            count -= 1
-        lines.append(shorten(" ".join(words[:count]), width, size))
-        words = words[count:]
-    return [*lines, shorten(" ".join(words), width, size)] if words else lines
-
-
-def spread(wanted: Sequence[float], widths: Sequence[float], low: float, high: float) -> list[float]:
-    """Places for labels on a line, in the order of `wanted`: as near to it as they can be without touching.
-
-    wanted: rising centres; widths: of each, space included; low, high: the line's ends, beyond which none lies while
-    they fit at all.
-    """
-    placed: list[float] = []
-    for centre, width in zip(wanted, widths, strict=True):
-        least = low + width / 2 if not placed else placed[-1] + (widths[len(placed) - 1] + width) / 2
-        placed.append(max(centre, least))
-    ceiling = high
-    for i in range(len(placed) - 1, -1, -1):
-        placed[i] = min(placed[i], ceiling - widths[i] / 2)
-        ceiling = placed[i] - widths[i] / 2
-    return placed
-
-
-def ticks(largest: float, most: int = 6) -> list[float]:
-    """Round figures from 0 up to at least `largest`, at most so many steps."""
-    rough = largest / most
-    power = 10.0 ** floor(log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999999)
-    return [step * i for i in range(ceil(largest / step - 1e-9) + 1)]
-
-
-def _n(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
-
-
-def _text(x: float, y: float, words: str, style: str = "", anchor: str = "start") -> str:
-    classes = f' class="{style}"' if style else ""
-    side = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text x="{_n(x)}" y="{_n(y)}"{classes}{side}>{escape(words)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
-    return f'<line x1="{_n(x1)}" y1="{_n(y1)}" x2="{_n(x2)}" y2="{_n(y2)}" class="{style}"/>'
-
-
-def _rect(x: float, y: float, width: float, height: float, style: str) -> str:
-    return f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" class="{style}"/>'
-
-
-def _circle(x: float, y: float, radius: float, style: str) -> str:
-    return f'<circle cx="{_n(x)}" cy="{_n(y)}" r="{_n(radius)}" class="{style}"/>'
-
-
-def _path(points: Sequence[tuple[float, float]], style: str) -> str:
-    steps = " ".join(f"{'M' if i == 0 else 'L'}{_n(x)} {_n(y)}" for i, (x, y) in enumerate(points))
-    return f'<path d="{steps}" class="{style}"/>'
-
-
-def _svg(name: str, width: float, height: float, title: str, description: str, body: Sequence[str]) -> str:
-    size = "wide" if width > NARROW else "narrow"
-    key = f"{name}-{size}"
-    return (
-        f'<svg class="chart {size}" role="img" aria-labelledby="{key}-title {key}-desc"'
-        f' viewBox="0 0 {_n(width)} {_n(height)}">'
-        f'<title id="{key}-title">{escape(title)}</title><desc id="{key}-desc">{escape(description)}</desc>'
-        f"{''.join(body)}</svg>"
-    )
-
-
-# --------------------------------------------------------------------------------------------------------- cost by line
 
 
 class Bar(NamedTuple):
@@ -224,21 +114,21 @@ def _cost(shown: Sequence[Bar], currency: str, unit: Decimal, width: float, rang
         height = text + 10 if beside else text + 22
         middle = y + height / 2 if beside else y + text + 10
         first = middle - text / 2 + 12 if beside else y + 13
-        marks += [_text(0, first + 16 * i, word) for i, word in enumerate(words)]
-        marks.append(_text(width, middle + 4 if beside else first, value, "figure", "end"))
-        marks.append(_rect(left, middle - 6, max(x(float(bar.amount)) - left, 1), 12, "bar"))
+        marks += [put_text(0, first + 16 * i, word) for i, word in enumerate(words)]
+        marks.append(put_text(width, middle + 4 if beside else first, value, "figure", "end"))
+        marks.append(put_rect(left, middle - 6, max(x(float(bar.amount)) - left, 1), 12, "bar"))
         if ranged and bar.low != bar.high:
             ends = x(float(bar.low)), x(float(bar.high))
-            marks.append(_line(ends[0], middle, ends[1], middle, "range"))
-            marks += [_line(end, middle - 4, end, middle + 4, "range") for end in ends]
+            marks.append(put_line(ends[0], middle, ends[1], middle, "range"))
+            marks += [put_line(end, middle - 4, end, middle + 4, "range") for end in ends]
         y += height
-    grid = [_line(x(tick), 4, x(tick), y + 2, "grid") for tick in scale]
+    grid = [put_line(x(tick), 4, x(tick), y + 2, "grid") for tick in scale]
     for tick in scale:
         anchor = "middle" if beside and tick else "start" if tick == 0 else "end" if tick == scale[-1] else "middle"
-        marks.append(_text(x(tick), y + 17, _amount(tick), "axis", "start" if tick == 0 else anchor))
-    marks.append(_text(right, y + 34, f"{currency} a month", "axis", "end"))
+        marks.append(put_text(x(tick), y + 17, _amount(tick), "axis", "start" if tick == 0 else anchor))
+    marks.append(put_text(right, y + 34, f"{currency} a month", "axis", "end"))
     description = "; ".join(f"{bar.label} {value}" for bar, value in zip(shown, values, strict=True))
-    return _svg("cost", width, y + 40, "Cost of a month by line", f"In {currency}: {description}.", [*grid, *marks])
+    return drawing("cost", width, y + 40, "Cost of a month by line", f"In {currency}: {description}.", [*grid, *marks])
 
 
 def _amount(value: float) -> str:
@@ -283,27 +173,27 @@ def _memory(curve: MemoryCurve, label: str, name: str, width: float) -> str:
     def y(gib: float) -> float:
         return box.bottom - (box.bottom - box.top) * gib / scale[-1]
 
-    body = [_text(0, 12, "GiB on one GPU", "axis")]
+    body = [put_text(0, 12, "GiB on one GPU", "axis")]
     body += _memory_legend(width, wide)
-    body += [_line(box.left, y(tick), box.right, y(tick), "grid") for tick in scale]
-    body += [_text(box.left - 6, y(tick) + 4, f"{tick:g}", "axis", "end") for tick in scale]
+    body += [put_line(box.left, y(tick), box.right, y(tick), "grid") for tick in scale]
+    body += [put_text(box.left - 6, y(tick) + 4, f"{tick:g}", "axis", "end") for tick in scale]
     body += _context_axis(lowest, highest, box, x)
     body += _boundaries(steps, box, x)
     for step in steps:
         usable = next((p.usable_bytes for p in curve.points if step.from_tokens <= p.context <= step.to_tokens), None)
         if usable is not None:
             level = y(to_gib(usable))
-            body.append(_line(x(step.from_tokens), level, x(step.to_tokens), level, "offered"))
+            body.append(put_line(x(step.from_tokens), level, x(step.to_tokens), level, "offered"))
     for _, run in groupby(curve.points, key=lambda point: point.place.partition(", ")[2]):
         spots = [(x(point.context), y(to_gib(point.needed_bytes))) for point in run]
-        body.append(_path(spots, "needed"))
-        body += [_circle(*spot, 3, "point") for spot in spots]
+        body.append(put_path(spots, "needed"))
+        body += [put_circle(*spot, 3, "point") for spot in spots]
     rows, bottom = _machine_rows(steps, box, x, width)
     ends = (curve.points[0], curve.points[-1])
     needs = " and ".join(f"{format_gib(p.needed_bytes)} at {p.context:,} tokens on {p.place}" for p in ends)
     changes = "; ".join(f"{s.place} from {s.from_tokens:,} to {s.to_tokens:,} tokens" for s in curve.steps)
     description = f"{label}: one GPU needs {needs}. Smallest machine: {changes}."
-    return _svg(name, width, bottom, f"GPU memory by context: {label}", description, [*body, *rows])
+    return drawing(name, width, bottom, f"GPU memory by context: {label}", description, [*body, *rows])
 
 
 def _memory_legend(width: float, wide: bool) -> list[str]:
@@ -312,7 +202,7 @@ def _memory_legend(width: float, wide: bool) -> list[str]:
     left = 0.0
     for i, (style, words) in enumerate(entries):
         y = 30.0 if wide else 30.0 + 18 * i
-        body += [_line(left, y - 4, left + 26, y - 4, style), _text(left + 32, y, words, "axis")]
+        body += [put_line(left, y - 4, left + 26, y - 4, style), put_text(left + 32, y, words, "axis")]
         left += 32 + text_width(words) + 24 if wide else 0
     return body
 
@@ -322,15 +212,15 @@ def _context_axis(lowest: float, highest: float, box: Box, x: Scale) -> list[str
     powers = [2.0**i for i in range(ceil(log2(lowest)), floor(log2(highest)) + 1)]
     room = (box.right - box.left) / max(len(powers), 1)
     every = ceil(44 / room)
-    body = [_line(box.left, box.bottom, box.right, box.bottom, "base")]
+    body = [put_line(box.left, box.bottom, box.right, box.bottom, "base")]
     for i, tokens in enumerate(powers):
-        body.append(_line(x(tokens), box.bottom, x(tokens), box.bottom + 4, "base"))
+        body.append(put_line(x(tokens), box.bottom, x(tokens), box.bottom + 4, "base"))
         if i % every == 0:
             label = format_tokens(int(tokens)) if tokens >= 1 else f"{tokens:g}"
             half = text_width(label) / 2
             centre = min(max(x(tokens), half), box.right + 8 - half)
-            body.append(_text(centre, box.bottom + 20, label, "axis", "middle"))
-    body.append(_text(box.right, box.bottom + 36, "context, tokens (1k = 1,024), each step doubles", "axis", "end"))
+            body.append(put_text(centre, box.bottom + 20, label, "axis", "middle"))
+    body.append(put_text(box.right, box.bottom + 36, "context, tokens (1k = 1,024), each step doubles", "axis", "end"))
     return body
 
 
@@ -338,18 +228,18 @@ def _boundaries(steps: Sequence[Step], box: Box, x: Scale) -> list[str]:
     """A dashed line where the machine changes, and the number of each machine above the contexts that are its own."""
     body: list[str] = []
     for step in steps[1:]:
-        body.append(_line(x(step.from_tokens), box.top - 8, x(step.from_tokens), box.bottom, "boundary"))
+        body.append(put_line(x(step.from_tokens), box.top - 8, x(step.from_tokens), box.bottom, "boundary"))
     middles = [(x(step.from_tokens) + x(step.to_tokens)) / 2 for step in steps]
     places = spread(middles, [20.0] * len(steps), box.left - 10, box.right + 8)
     for number, (middle, place) in enumerate(zip(middles, places, strict=True), start=1):
         if abs(middle - place) > 1:
-            body.append(_line(place, box.top - 14, middle, box.top - 4, "leader"))
+            body.append(put_line(place, box.top - 14, middle, box.top - 4, "leader"))
         body += _number(place, box.top - 22, number)
     return body
 
 
 def _number(x: float, y: float, number: int) -> list[str]:
-    return [_circle(x, y, 8.5, "tag"), _text(x, y + 4, str(number), "tag-text", "middle")]
+    return [put_circle(x, y, 8.5, "tag"), put_text(x, y + 4, str(number), "tag-text", "middle")]
 
 
 def _machine_rows(steps: Sequence[Step], box: Box, x: Scale, width: float) -> tuple[list[str], float]:
@@ -360,10 +250,10 @@ def _machine_rows(steps: Sequence[Step], box: Box, x: Scale, width: float) -> tu
         tokens = f": {step.from_tokens:,} to {step.to_tokens:,}{' tokens' if width > NARROW else ''}"
         words = shorten(" ".join(step.place.split()), width - box.left - text_width(tokens, FONT), FONT) + tokens
         body += _number(box.left - 14, y + 4, number)
-        body.append(_text(box.left, y + 4, words))
+        body.append(put_text(box.left, y + 4, words))
         start, end = x(step.from_tokens), x(step.to_tokens)
-        body.append(_rect(box.left, y + 11, box.right - box.left, 4, "track"))
-        body.append(_rect(start, y + 11, max(end - start, 2), 4, "bar"))
+        body.append(put_rect(box.left, y + 11, box.right - box.left, 4, "track"))
+        body.append(put_rect(start, y + 11, max(end - start, 2), 4, "bar"))
         y += 32
     return body, (y - 8 if steps else box.bottom + 44)
 
@@ -440,12 +330,13 @@ class _BreakEven(NamedTuple):
         def y(amount: float) -> float:
             return box.bottom - (box.bottom - box.top) * amount / scale[-1]
 
-        body = [_text(0, 12, f"{self.currency} a month", "axis")]
-        body += [_line(box.left, y(tick), box.right, y(tick), "grid") for tick in scale]
-        body += [_text(box.left - 6, y(tick) + 4, _amount(tick), "axis", "end") for tick in scale]
+        body = [put_text(0, 12, f"{self.currency} a month", "axis")]
+        body += [put_line(box.left, y(tick), box.right, y(tick), "grid") for tick in scale]
+        body += [put_text(box.left - 6, y(tick) + 4, _amount(tick), "axis", "end") for tick in scale]
         body += self._hours_axis(box, x, wide)
         body += [
-            _path([(x(0), y(cost.start)), (x(HOURS), y(cost.end))], LINE_STYLES[cost.priority]) for cost in self.costs
+            put_path([(x(0), y(cost.start)), (x(HOURS), y(cost.end))], LINE_STYLES[cost.priority])
+            for cost in self.costs
         ]
         body += self._crossing_marks(box, x, y)
         bottom = box.bottom + 72
@@ -453,28 +344,31 @@ class _BreakEven(NamedTuple):
             body += self._names(box, y)
         else:
             for cost in self.costs:
-                body += [_line(0, bottom, 28, bottom, LINE_STYLES[cost.priority]), _text(36, bottom + 4, cost.words)]
+                body += [
+                    put_line(0, bottom, 28, bottom, LINE_STYLES[cost.priority]),
+                    put_text(36, bottom + 4, cost.words),
+                ]
                 bottom += 19
         if self.crossings:
             bottom += 0 if wide else 4
             key, bottom = self._key(bottom, width)
             body += key
         title = f"Cost by hours of use: {self.machine}"
-        return _svg(self.name, width, bottom - 6, title, self._description(), body)
+        return drawing(self.name, width, bottom - 6, title, self._description(), body)
 
     def _hours_axis(self, box: Box, x: Scale, wide: bool) -> list[str]:
-        body = [_line(box.left, box.bottom, box.right, box.bottom, "base")]
+        body = [put_line(box.left, box.bottom, box.right, box.bottom, "base")]
         for hours in (0, 100, 200, 300, 400, 500, 600, 730) if wide else (0, 200, 400, 600, 730):
-            body.append(_line(x(hours), box.bottom, x(hours), box.bottom + 4, "base"))
+            body.append(put_line(x(hours), box.bottom, x(hours), box.bottom + 4, "base"))
             anchor = "start" if hours == 0 else "end" if hours == 730 else "middle"
-            body.append(_text(x(hours), box.bottom + 20, str(hours), "axis", anchor))
-        body.append(_line(x(self.used), box.top, x(self.used), box.bottom + 6, "used"))
+            body.append(put_text(x(hours), box.bottom + 20, str(hours), "axis", anchor))
+        body.append(put_line(x(self.used), box.top, x(self.used), box.bottom + 6, "used"))
         words = f"used: {self.used:,.0f} hours"
         half = text_width(words, FONT + 1) / 2  # it is bold
         centre = min(max(x(self.used), half), box.right - half)
         # under the tick labels, in a row of its own, and the axis's name in the next
-        body.append(_text(centre, box.bottom + 36, words, "used-text", "middle"))
-        body.append(_text(box.right, box.bottom + 52, "hours of use in a month (730: all)", "axis", "end"))
+        body.append(put_text(centre, box.bottom + 36, words, "used-text", "middle"))
+        body.append(put_text(box.right, box.bottom + 52, "hours of use in a month (730: all)", "axis", "end"))
         return body
 
     def _crossing_marks(self, box: Box, x: Scale, y: Scale) -> list[str]:
@@ -484,11 +378,11 @@ class _BreakEven(NamedTuple):
         places = spread([x(h) for h in hours], [text_width(w) + 10 for w in labels], box.left, box.right + 8)
         for value, words, place in zip(hours, labels, places, strict=True):
             lowest = min(c.amount for c in self.crossings if round(c.hours) == value)
-            body.append(_path([(x(value), y(lowest)), (x(value), box.top - 2), (place, box.top - 12)], "leader"))
-            body.append(_text(place, box.top - 15, words, "figure", "middle"))
+            body.append(put_path([(x(value), y(lowest)), (x(value), box.top - 2), (place, box.top - 12)], "leader"))
+            body.append(put_text(place, box.top - 15, words, "figure", "middle"))
         for crossing in self.crossings:
             style = "ring" if crossing.against_spot else "point"
-            body.append(_circle(x(crossing.hours), y(crossing.amount), 4, style))
+            body.append(put_circle(x(crossing.hours), y(crossing.amount), 4, style))
         return body
 
     def _names(self, box: Box, y: Scale) -> list[str]:
@@ -499,8 +393,8 @@ class _BreakEven(NamedTuple):
         for cost, end, place in zip(
             ordered, ends, spread(ends, [16.0] * len(ends), box.top - 8, box.bottom + 8), strict=True
         ):
-            body.append(_path([(box.right + 1, end), (box.right + 16, place)], "leader"))
-            body.append(_text(box.right + 20, place + 4, cost.words))
+            body.append(put_path([(box.right + 1, end), (box.right + 16, place)], "leader"))
+            body.append(put_text(box.right + 20, place + 4, cost.words))
         return body
 
     def _key(self, y: float, width: float) -> tuple[list[str], float]:
@@ -515,7 +409,7 @@ class _BreakEven(NamedTuple):
                 continue
             if left > 6 and left + 12 + text_width(words) > width:
                 left, y = 6.0, y + 18
-            body += [_circle(left, y - 4, 4, style), _text(left + 12, y, words, "axis")]
+            body += [put_circle(left, y - 4, 4, style), put_text(left + 12, y, words, "axis")]
             left += 12 + text_width(words) + 24
         return body, y + 18
 

@@ -32,8 +32,9 @@ from planner.catalog.prices import Priority, Provenance
 from planner.cost.lines import Alternative, Group
 from planner.fit import Step
 from planner.pages import budget_csv, budget_html, budget_json, budget_markdown, focus_unit, markdown_text
-from planner.pages.charts import bars, spread, text_width, ticks, wrap
-from planner.pages.content import glossary
+from planner.pages.charts import bars
+from planner.pages.glossary import glossary
+from planner.pages.svg import spread, text_width, ticks, wrap
 from planner.plan import PricesUsed
 from planner.units import GIB
 
