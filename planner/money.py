@@ -34,6 +34,7 @@ class Planned(NamedTuple):
     plans: tuple[Plan, ...]
     intents: tuple[Intent, ...]
     beside: tuple[Beside, ...] = ()
+    stack: str | None = None
 
 
 def plans(options: Mapping[str, Any]) -> Planned:
@@ -46,7 +47,7 @@ def plans(options: Mapping[str, Any]) -> Planned:
         return Planned((), intents, beside_reference(intents, sheet))
     made = make_plan(intents[0], sheet)
     check_age(made.lines, sheet, options)
-    return Planned((made,), intents)
+    return Planned((made,), intents, stack=options["stack"])
 
 
 def emit_plans(done: Planned, *, as_json: bool, explain: bool) -> None:
@@ -54,7 +55,7 @@ def emit_plans(done: Planned, *, as_json: bool, explain: bool) -> None:
     if done.beside:
         report.emit_beside(done.beside, as_json=as_json)
     for made in done.plans:
-        report.emit_plan(made, as_json=as_json, explain=explain)
+        report.emit_plan(made, stack=done.stack, as_json=as_json, explain=explain)
 
 
 def check(done: Planned) -> None:

@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 SHOWN = 5
 
 
-def emit_plan(plan: Plan, *, as_json: bool, explain: bool) -> None:
-    """The plan on stdout."""
+def emit_plan(plan: Plan, *, stack: str | None = None, as_json: bool, explain: bool) -> None:
+    """The plan on stdout. stack: whose it is."""
     if as_json:
         print(plan.model_dump_json(indent=2))
     else:
-        print_plan(console(), plan, explain=explain)
+        print_plan(console(), plan, stack=stack, explain=explain)
 
 
-def print_plan(console: Console, plan: Plan, *, explain: bool = False) -> None:
+def print_plan(console: Console, plan: Plan, *, stack: str | None = None, explain: bool = False) -> None:
     """Pools, the month's bill, what lost and why, quota; --explain: every formula and every size."""
     spread = f"{format_usd(plan.low_usd)} to {format_usd(plan.high_usd)}"
     at_least = "at least " if plan.unpriced else ""
@@ -71,7 +71,10 @@ def print_plan(console: Console, plan: Plan, *, explain: bool = False) -> None:
         f" {prices.estimates} of {len(plan.lines)} estimated.",
         highlight=False,
     )
-    console.print("Next: planner budget with the same options" + ("" if explain else " (--explain shows all)"))
+    following = (
+        f"planner budget --stack {stack} -o budget.html" if stack else "write it as the intent of a stack (stacks/)"
+    )
+    console.print(f"Next: {following}{'' if explain else '; --explain shows every formula'}", highlight=False)
 
 
 def _pools(plan: Plan, width: int) -> object:
