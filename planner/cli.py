@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 does not fit or over budget, 2 usage or bad input, 3 a che
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any, Literal
 
@@ -48,9 +49,12 @@ def main() -> None:
     except PlannerError as error:
         print(f"planner: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+    except OSError as error:  # a full disk under stdout
+        print(
+            f"planner: the output cannot be written ({error.strerror}): free space or write elsewhere", file=sys.stderr
+        )
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
@@ -219,8 +223,14 @@ Prices = Annotated[
 MaxAge = Annotated[int | None, Option(help="Refuse machine prices older than so many days. [default: 365]", min=0)]
 
 
+def _stated(context: typer.Context) -> frozenset[str]:
+    """The options that were written on the command line, by parameter."""
+    return frozenset(name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE"))
+
+
 @app.command()
 def plan(
+    context: typer.Context,
     stack: Stack = None,
     model: Annotated[str | None, Option(help="Catalog name, folder, config.json or hub id.")] = None,
     ctx: Annotated[str | None, Option("--ctx", "--context", help="Tokens: 32k, or several: 2k,8k,32k.")] = None,
@@ -253,7 +263,7 @@ def plan(
     """The cheapest machines that hold the workloads, what a month costs, and why the others lost."""
     from planner import money
 
-    done = money.plans(locals())
+    done = money.plans({**context.params, "stated": _stated(context)})
     money.emit_plans(done, as_json=as_json, explain=explain)
     money.check(done)
 

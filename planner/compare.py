@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
+from functools import partial
 from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from planner.catalog.hardware import sku
 from planner.catalog.prices import PriceSheet, Priority, Provenance
-from planner.cost.lines import alternatives, figure
+from planner.cost.lines import alternatives, figure, tidy
 from planner.cost.schedule import MONTH_HOURS
 from planner.errors import PlannerError
 from planner.model import Frozen
-from planner.plan import Intent, Plan
+from planner.plan import Intent, Plan, cluster_usd
 from planner.plan.choices import Job
 from planner.units import format_usd
 
@@ -30,11 +31,11 @@ class Demand(Frozen):
     utilization: mean load / what the machines could do
     """
 
-    tokens_per_month: Decimal = Field(gt=0, le=10**18)
+    tokens_per_month: Decimal = Field(ge=1, le=10**18)
     input_share: Decimal = Field(default=Decimal("0.75"), ge=0, le=1)
-    api_input_usd: Decimal = Field(ge=0)
-    api_output_usd: Decimal = Field(ge=0)
-    utilization: Decimal = Field(default=Decimal("0.5"), gt=0, le=1)
+    api_input_usd: Decimal = Field(ge=0, le=10**6)
+    api_output_usd: Decimal = Field(ge=0, le=10**6)
+    utilization: Decimal = Field(default=Decimal("0.5"), ge=Decimal("0.001"), le=1)
 
     @model_validator(mode="after")
     def _costs_something(self) -> Demand:
@@ -61,11 +62,11 @@ class Demand(Frozen):
 class SelfHosted(Frozen):
     """One size bought one way, running all month.
 
-    tokens_per_second: what one machine sustains under load, measured; None: not known, and nothing that needs it
-    usd_per_month: of one machine (expected on spot); total_usd_per_month: of all machines and the cluster around them
-    break_even_tokens_per_day: what the API would charge for costs as much as one machine and the cluster
-    break_even_tokens_per_second: the same, as a mean rate; usd_per_million: at the tokens asked for
-    break_even_utilization: of one machine, where its speed is known; above 1 it never pays
+    usd_per_month: of one machine, expected; tokens_per_second: what it sustains under load, measured; None: not known
+    machines: as many as the demand takes; total_usd_per_month: of them, their disks and the cluster around them
+    usd_per_million: at the tokens asked for
+    break_even_machines: the fewest that can answer as much as the API would bill for them, None: no number can, or the
+    speed is not known and one is counted; break_even_tokens_per_day, .._per_second: what the API bills the same for
     """
 
     size: str
@@ -75,9 +76,10 @@ class SelfHosted(Frozen):
     machines: int | None
     total_usd_per_month: Decimal | None
     usd_per_million: Decimal | None
+    pays: bool | None
+    break_even_machines: int | None
     break_even_tokens_per_day: Decimal
     break_even_tokens_per_second: Decimal
-    break_even_utilization: Decimal | None
     arithmetic: str
     provenance: Provenance | None = None
 
@@ -125,15 +127,18 @@ def parse_speeds(texts: Sequence[str]) -> dict[str, Decimal]:
     for text in texts:
         name, _, rate = text.rpartition("=")
         value = _number(rate)
-        if value <= 0:
-            raise PlannerError(f"{text!r} is not a speed: write SIZE=TOKENS_PER_SECOND, above 0")
+        if not Decimal("0.01") <= value <= 10**9:
+            raise PlannerError(f"{text[:60]!r} is not a speed: write SIZE=TOKENS_PER_SECOND, from 0.01 on")
         speeds[sku(name).short_name if name.strip() else ""] = value
     return speeds
 
 
 def parse_usd(text: str) -> Decimal:
     """An amount of USD: `3500`, `$3,500`. Raises PlannerError."""
-    return _number(text.strip().removeprefix("$"))
+    value = _number(text.strip().removeprefix("$"))
+    if not 0 < value <= 10**9:
+        raise PlannerError(f"{text[:60]!r} cannot be compared: write what the server costs a month, in USD")
+    return value
 
 
 def _number(text: str) -> Decimal:
@@ -143,10 +148,10 @@ def _number(text: str) -> Decimal:
     try:
         value = Decimal(plain[:-1] if scale else plain).scaleb(scale or 0)
     except ArithmeticError:
-        raise PlannerError(f"{text[:60]!r} is not a number: write it out, or as 5e9 or 300M") from None
-    if not value.is_finite():
+        value = Decimal("NaN")
+    if not value.is_finite() or abs(value) > 10**20:
         raise PlannerError(f"{text[:60]!r} is not a number: write it out, or as 5e9 or 300M")
-    return value
+    return tidy(value, 9)
 
 
 def parse_api(text: str) -> tuple[Decimal, Decimal]:
@@ -156,27 +161,24 @@ def parse_api(text: str) -> tuple[Decimal, Decimal]:
         prices = [Decimal(part) for part in parts]
     except ArithmeticError:
         prices = []
-    if len(prices) not in (1, 2) or not all(p.is_finite() and p >= 0 for p in prices) or not any(prices):
+    if len(prices) not in (1, 2) or not all(p.is_finite() and 0 <= p <= 10**6 for p in prices) or not any(prices):
         raise PlannerError(f"{text[:60]!r} is not a token price: write USD of a million in and out, such as 0.15,0.60")
     return prices[0], prices[-1]
 
 
 def stated_server(demand: Demand, usd_per_month: Decimal, speed: Decimal | None = None) -> Comparison:
     """The comparison for a machine at a stated price, without Azure around it."""
-    if usd_per_month <= 0:
-        raise PlannerError(f"a server at {usd_per_month} USD a month cannot be compared: write what it costs")
-    row = _row("a server", "stated", usd_per_month, Decimal(0), demand, speed)
+    row = _row("a server", "stated", usd_per_month, lambda _: Decimal(0), demand, speed)
     return _comparison(demand, "", Decimal(0), [row], ())
 
 
 def compare(demand: Demand, intent: Intent, plan: Plan, sheet: PriceSheet, speeds: Mapping[str, Decimal]) -> Comparison:
     """One's own machines against the API: every size that holds the intent's server, bought every way it allows.
 
-    plan: the cheapest one for that intent, whose region and cluster around the machines are taken, counted once
+    plan: the cheapest one for that intent, whose region is taken; the cluster around the machines is counted once
     speeds: tokens a second by size; under "" for the only size. Raises PlannerError for a speed that fits no size.
     """
     job = Job(intent, intent.workloads[0])
-    cluster = plan.usd - plan.gpu_usd
     allowed = intent.pricing.priorities(spot=job.workload.spot)
     names = {option.size.short_name for option in job.options}
     if "" in speeds and len(names) > 1:
@@ -186,52 +188,79 @@ def compare(demand: Demand, intent: Intent, plan: Plan, sheet: PriceSheet, speed
     strange = sorted(set(speeds) - names - {""})
     if strange:
         raise PlannerError(f"{strange[0]} does not hold {job.spec.name} here, so its speed says nothing: drop it")
+    around = cluster_usd(intent, sheet, plan.region)
     rows = []
     for option in job.options:
-        speed = speeds.get(option.size.short_name, speeds.get(""))
+        speed, disk = speeds.get(option.size.short_name, speeds.get("")), option.os_disk
         for way in alternatives(sheet, option.size.name, plan.region, MONTH_HOURS):
             if way.priority in allowed:
-                rows.append(
-                    _row(
-                        option.size.short_name, way.priority, way.usd_per_month, cluster, demand, speed, way.provenance
-                    )
-                )
+                beside = partial(_beside, around, disk)
+                size, usd = option.size.short_name, way.usd_per_month
+                rows.append(_row(size, way.priority, usd, beside, demand, speed, way.provenance))
     rows.sort(key=lambda r: (r.total_usd_per_month is None, r.total_usd_per_month or r.usd_per_month, r.size))
-    return _comparison(demand, plan.region, cluster, rows, plan.notes[1:])
+    return _comparison(demand, plan.region, around(0, False), rows, ())
+
+
+def _beside(around: Callable[[int, bool], Decimal], os_disk: bool, machines: int) -> Decimal:
+    return around(machines, os_disk)
 
 
 def _row(
     size: str,
     priority: Priority | Literal["stated"],
     usd: Decimal,
-    cluster: Decimal,
+    around: Callable[[int], Decimal],
     demand: Demand,
     speed: Decimal | None,
     provenance: Provenance | None = None,
 ) -> SelfHosted:
+    """One size's row. around: USD a month of the cluster, disks and monitoring with so many machines."""
+
+    def cost(machines: int) -> Decimal:
+        return usd * machines + around(machines)
+
     price = demand.api_usd_per_million
-    even = (usd + cluster) / price * MILLION
+    fewest = 1 if speed is None else _fewest(cost, speed * demand.utilization * MONTH_SECONDS / MILLION * price)
+    counted_machines = fewest or 1
+    even = cost(counted_machines) / price * MILLION
     per_day, per_second = even / MONTH_DAYS, even / MONTH_SECONDS
     machines = None if speed is None else demand.machines(speed)
-    total = None if machines is None else usd * machines + cluster
+    total = None if machines is None else cost(machines)
+    many = f"{counted_machines} x " if counted_machines > 1 else ""
     text = (
-        f"({format_usd(usd)} + {format_usd(cluster)}) / {format_usd(price)} a million / {figure(MONTH_DAYS, 2)} days"
-        f" = {figure(per_day / MILLION, 2)} million tokens a day"
+        f"({many}{format_usd(usd)} + {format_usd(around(counted_machines))}) / {format_usd(price)} a million /"
+        f" {figure(MONTH_DAYS, 2)} days = {figure(per_day / MILLION, 2)} million tokens a day"
     )
     return SelfHosted(
         size=size,
         priority=priority,
-        usd_per_month=usd,
+        usd_per_month=tidy(usd, 2),
         tokens_per_second=speed,
         machines=machines,
-        total_usd_per_month=total,
-        usd_per_million=None if total is None else total / demand.tokens_per_month * MILLION,
-        break_even_tokens_per_day=per_day,
-        break_even_tokens_per_second=per_second,
-        break_even_utilization=None if speed is None else per_second / speed,
+        total_usd_per_month=None if total is None else tidy(total, 2),
+        usd_per_million=None if total is None else tidy(total / demand.tokens_per_month * MILLION, 6),
+        pays=None if total is None else total < demand.api_usd_per_month,
+        break_even_machines=None if speed is None else fewest,
+        break_even_tokens_per_day=tidy(per_day, 0),
+        break_even_tokens_per_second=tidy(per_second, 3),
         arithmetic=text,
         provenance=provenance,
     )
+
+
+def _fewest(cost: Callable[[int], Decimal], billed: Decimal) -> int | None:
+    """The smallest n with cost(n) <= n x billed, what the API bills for what n machines answer; None for never.
+
+    cost is a base and so much a machine, so n = ceil(base / (billed - a machine)).
+    """
+    one = cost(2) - cost(1)
+    base = cost(1) - one
+    if billed <= one:
+        return None
+    n = max(int((base / (billed - one)).to_integral_value(rounding=ROUND_CEILING)), 1)
+    while cost(n) > n * billed:  # the free first gigabytes of logs bend the line a little
+        n += 1
+    return n
 
 
 def _comparison(
@@ -250,7 +279,7 @@ def _comparison(
     known = {row.size: row for row in rows if row.tokens_per_second is not None}
     for row in known.values():
         arithmetic.append(
-            f"{row.size}: {figure(mean, 1)} / ({figure(row.tokens_per_second or mean, 1)} tokens a second x"
+            f"{row.size}: {figure(mean, 1)} / ({figure(row.tokens_per_second or mean)} tokens a second x"
             f" {figure(demand.utilization, 4)} utilization), up to a whole number = {row.machines}"
         )
     if not known:

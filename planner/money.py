@@ -8,7 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from planner.budget import Budget, Money, finish, machine_price_age, read_budget
+from planner.budget import Budget, BudgetLine, Money, finish, machine_price_age, read_budget
 from planner.budget.of_plan import draft_of_plan
 from planner.budget.of_scenario import draft_of_scenario, money_of
 from planner.catalog.hardware import sku as gpu_size
@@ -21,7 +21,9 @@ from planner.errors import DoesNotFit, PlannerError
 from planner.files import write_atomically
 from planner.plan import Intent, Plan, intents_from_options, make_plan, over_budget
 from planner.plan.beside import Beside, beside_reference
+from planner.plan.intent import ANY_REGION
 from planner.report import money as report
+from planner.report import put
 from planner.stack import read_intent
 
 OLD_DAYS, LIMIT_DAYS = 45, 365
@@ -40,11 +42,17 @@ class Planned(NamedTuple):
 def plans(options: Mapping[str, Any]) -> Planned:
     """The plan of a stack or of the options; with several contexts, one a context beside the reference's choices."""
     sheet = load_sheet(options["prices"])
-    if options["stack"] and (options["model"] or options["ctx"]):
-        raise PlannerError("--stack holds model and context already: give it, or --model and --ctx")
+    if options["stack"]:
+        ignored = sorted(options["stated"] - {"stack", "prices", "max_price_age", "explain", "as_json"})
+        if ignored:
+            flag = ignored[0].replace("_", "-")
+            raise PlannerError(f"the intent of stack {options['stack']} decides that: drop --{flag}, or edit it there")
     intents = (read_intent(options["stack"]),) if options["stack"] else intents_from_options(options)
     if len(intents) > 1:
-        return Planned((), intents, beside_reference(intents, sheet))
+        rows = beside_reference(intents, sheet)
+        made_plans = tuple(plan for _, plan in rows if plan is not None)
+        check_age([line for plan in made_plans for line in plan.lines], sheet, options)
+        return Planned(made_plans, intents, tuple(row for row, _ in rows))
     made = make_plan(intents[0], sheet)
     check_age(made.lines, sheet, options)
     return Planned((made,), intents, stack=options["stack"])
@@ -54,22 +62,23 @@ def emit_plans(done: Planned, *, as_json: bool, explain: bool) -> None:
     """The plan, or the table of contexts, on stdout."""
     if done.beside:
         report.emit_beside(done.beside, as_json=as_json)
+        return
     for made in done.plans:
         report.emit_plan(made, stack=done.stack, as_json=as_json, explain=explain)
 
 
 def check(done: Planned) -> None:
     """Exit code 1 for a plan above what was approved, or a context that nothing holds."""
-    for made, intent in zip(done.plans, done.intents, strict=False):
-        sentence = over_budget(made, intent)
-        if sentence:
-            raise DoesNotFit(sentence)
     for row in done.beside:
         if row.usd_per_month is None:
             raise DoesNotFit(row.why)
+    for made, intent in zip(done.plans, done.intents, strict=True):
+        sentence = over_budget(made, intent)
+        if sentence:
+            raise DoesNotFit(sentence)
 
 
-def check_age(lines: Sequence[Line], sheet: PriceSheet, options: Mapping[str, Any]) -> None:
+def check_age(lines: Sequence[Line | BudgetLine], sheet: PriceSheet, options: Mapping[str, Any]) -> None:
     """Warns of machine prices older than 45 days; refuses those beyond the limit, unless the sheet was named."""
     age = machine_price_age(lines, today())
     named, limit = options["prices"] is not None, options["max_price_age"]
@@ -99,11 +108,13 @@ def budget(options: Mapping[str, Any]) -> Budget:
     money = Money(currency=wanted, rate=sheet.exchange_rate(wanted))
     if options["scenario"]:
         made = scenario_budget(options["scenario"], sheet, money, day, options["region"], earlier)
-        check_age(draft_of_scenario(scenario(options["scenario"]), sheet, options["region"]).lines, sheet, options)
+        check_age(made.lines, sheet, options)
         return made
     intent = read_intent(options["stack"])
     if options["region"]:
-        intent = intent.model_copy(update={"regions": (sheet.region(options["region"]),)})
+        wanted_region = options["region"].strip()
+        place = wanted_region if wanted_region == ANY_REGION else sheet.region(wanted_region)
+        intent = intent.model_copy(update={"regions": (place,)})
     plan = make_plan(intent, sheet)
     check_age(plan.lines, sheet, options)
     money = money.model_copy(update={"rounding": money.rounding.model_copy(update={"request_to": intent.request_to})})
@@ -150,7 +161,7 @@ def emit_budget(made: Budget, output: str | None, form: Format | None) -> None:
         raise PlannerError(f"the name {output} does not say a format: end it in .md, .html, .json or .csv, or --format")
     text = renderers[chosen](made)
     if output is None:
-        print(text, end="")
+        put(text)
         return
     try:
         write_atomically(Path(output), text)

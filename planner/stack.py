@@ -31,8 +31,8 @@ def read_intent(stack: str) -> Intent:
         raise PlannerError(f"there is no stack file {path}: {hint}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        first = str(error).splitlines()[0]
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        first = (str(error) or "nested too deeply").splitlines()[0]
         raise PlannerError(f"{path} cannot be read as YAML ({first}): correct it or restore it from git") from error
     config = content.get("config") if isinstance(content, dict) else None
     if not isinstance(config, dict) or INTENT_KEY not in config:

@@ -127,7 +127,7 @@ def scenarios_page() -> str:
     for title, quantization in (("16-bit serving", None), ("4-bit serving (AWQ)", "awq")):
         lines.append(f"\n### {title}\n\n| context | plan | USD | published | USD | difference | why |\n")
         lines.append("|---:|---|---:|---|---:|---:|---|\n")
-        for row in beside_reference(intents_from_options(_options(quantization)), sheet):
+        for row, _ in beside_reference(intents_from_options(_options(quantization)), sheet):
             usd = ("-" if v is None else f"{v:,.2f}" for v in (row.usd_per_month, row.reference_usd_per_month))
             ours, theirs = usd
             difference = "-" if row.difference_usd is None else f"{row.difference_usd:+,.2f}"

@@ -68,6 +68,7 @@ CASES: tuple[Case, ...] = (
             *("plan", "--model", "qwen3-8b", "--ctx", "2k,4k,8k,16k,32k,64k", "--rope-scaling", "yarn:2"),
             *("--serve-hours", "60h", "--take-turns", "-q", "awq"),
         ),
+        warns=True,
     ),
     Case("prices-a100", ("prices", "--sku", "NC24ads_A100_v4")),
     Case("prices-swedencentral", ("prices", "--region", "swedencentral")),

@@ -12,8 +12,8 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from planner.catalog.assumptions import Assumption, assumptions
-from planner.catalog.prices import ExchangeRate, PriceSheet, Priority
-from planner.cost.lines import Alternative, Group, Line, counted, figure
+from planner.catalog.prices import COMMITTED, ExchangeRate, PriceSheet, Priority
+from planner.cost.lines import PRIORITY_WORDS, Alternative, Group, Line, counted, figure, tidy
 from planner.errors import PlannerError
 from planner.fit import Step
 from planner.model import Frozen
@@ -215,12 +215,15 @@ class Draft(Frozen):
 def finish(draft: Draft, sheet: PriceSheet, money: Money, day: date, against: Budget | None = None) -> Budget:
     """The budget of a draft: lines rounded first, totals their sums, then buffer and request.
 
-    requested = round(total x (1 + buffer)) to request_to; a quarter is 3 of them, a year 12.
+    requested = round(total x (1 + buffer)) to request_to, never below the total; a quarter is 3 of them, a year 12.
+    Raises PlannerError for an earlier budget in another currency.
     """
     lines = tuple(_rounded(line, money, up=line.key in draft.round_up) for line in draft.lines)
     total = _sum(line.amount for line in lines)
     wanted = total * (1 + draft.buffer)
     requested = round_money(wanted, money.rounding.request_to, up=money.rounding.request_up)
+    if requested < total:
+        requested = round_money(total, money.rounding.request_to, up=True)
     used = [line.provenance for line in draft.lines if line.provenance is not None]
     prices = prices_used(sheet, used)
     budget = Budget(
@@ -241,7 +244,7 @@ def finish(draft: Draft, sheet: PriceSheet, money: Money, day: date, against: Bu
         requested=requested,
         requested_per_quarter=requested * QUARTER_MONTHS,
         requested_per_year=requested * YEAR_MONTHS,
-        approved=None if draft.approved is None else money.convert(draft.approved),
+        approved=None if draft.approved is None else round_money(money.convert(draft.approved)),
         rounding=money.rounding,
         prices=prices,
         price_age_days=machine_price_age(draft.lines, day),
@@ -255,10 +258,16 @@ def finish(draft: Draft, sheet: PriceSheet, money: Money, day: date, against: Bu
     return budget.model_copy(update={"variance": variance(against, budget)}) if against else budget
 
 
-def machine_price_age(lines: Iterable[Line], day: date) -> int:
+def machine_price_age(lines: Iterable[Line | BudgetLine], day: date) -> int:
     """Days since the oldest machine price among the lines was read; services move too little to count."""
-    days = [line.provenance.as_of for line in lines if line.sku and line.provenance is not None]
-    return max((max((day - d).days, 0) for d in days), default=0)
+    days = [_read_on(line) for line in lines if line.sku]
+    return max((max((day - d).days, 0) for d in days if d is not None), default=0)
+
+
+def _read_on(line: Line | BudgetLine) -> date | None:
+    if isinstance(line, BudgetLine):
+        return line.as_of
+    return line.provenance.as_of if line.provenance else None
 
 
 def _sum(amounts: Iterable[Decimal | None]) -> Decimal:
@@ -273,9 +282,9 @@ def _rounded(line: Line, money: Money, *, up: bool) -> BudgetLine:
         group=line.group,
         label=line.label,
         basis=line.basis,
-        quantity=line.quantity,
+        quantity=tidy(line.quantity, 6),
         unit=line.unit,
-        unit_price=None if line.unit_usd is None else money.convert(line.unit_usd),
+        unit_price=None if line.unit_usd is None else tidy(money.convert(line.unit_usd), 10),
         low=low,
         amount=usd,
         high=high,
@@ -302,13 +311,12 @@ def _what_if(row: WhatIfDraft, total: Decimal, money: Money, round_up: frozenset
 
 
 def _digest(draft: Draft, sheet: PriceSheet, money: Money) -> str:
-    """The first 16 hex digits of a SHA-256 over the inputs: what was asked, the price sheet's bytes, the rounding."""
+    """The first 16 hex digits of a SHA-256 over what the budget rests on: the question, every line before rounding with
+    its formula and source, what-ifs, assumptions, the price sheet's bytes, currency and rounding."""
     content = {
-        "inputs": draft.inputs,
-        "lines": [line.key for line in draft.lines],
+        "draft": draft.model_dump(mode="json", exclude={"memory", "commitments"}),
         "sheet": sheet.digest,
         "money": money.model_dump(mode="json"),
-        "buffer": str(draft.buffer),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -331,8 +339,14 @@ def _supposed(entry: Assumption, owners: dict[str, str]) -> Supposed:
     )
 
 
-def advice(ways: Sequence[Alternative], hours: Decimal) -> str:
-    """Whether to sign for this machine, in one or two plain sentences: hours used against break-even hours."""
+def advice(ways: Sequence[Alternative], hours: Decimal, bought: Priority, *, spot_allowed: bool = True) -> str:
+    """Whether to sign for this machine, in one or two plain sentences: hours used against break-even hours.
+
+    bought: how the budget buys it now; spot_allowed: whether spot is a way at all
+    """
+    ways = [way for way in ways if spot_allowed or way.priority != "spot"]
+    if bought in COMMITTED:
+        return f"The budget already commits: {PRIORITY_WORDS[bought]}. {_what_it_saves(ways, bought)}"
     on_demand = next((way for way in ways if way.priority == "on-demand"), None)
     spot = next((way for way in ways if way.priority == "spot"), None)
     year = [way for way in ways if way.priority in ("reserved-1y", "savings-plan-1y")]
@@ -364,8 +378,26 @@ def advice(ways: Sequence[Alternative], hours: Decimal) -> str:
     )
 
 
+def _what_it_saves(ways: Sequence[Alternative], bought: Priority) -> str:
+    """What a commitment saves against paying on demand, and whether its price is certain."""
+    by = {way.priority: way for way in ways}
+    mine, on_demand = by.get(bought), by.get("on-demand")
+    if mine is None or on_demand is None:
+        return "What it saves cannot be said without a price on demand."
+    saved = money_figure(on_demand.usd_per_month - mine.usd_per_month)
+    doubt = " The price is an estimate: get a quote before you sign." if mine.provenance.estimate else ""
+    return f"That saves {saved} USD a month against paying on demand for the same hours.{doubt}"
+
+
 def variance(before: Budget, after: Budget) -> Variance:
-    """Line by line against an earlier budget, by key, with the reason read from the two lines."""
+    """Line by line against an earlier budget, by key, with the reason read from the two lines.
+
+    Raises PlannerError where the two are in different currencies.
+    """
+    if before.currency != after.currency:
+        raise PlannerError(
+            f"the earlier budget is in {before.currency} and this one in {after.currency}: make both in one --currency"
+        )
     old, new = {line.key: line for line in before.lines}, {line.key: line for line in after.lines}
     changes = []
     for key in dict.fromkeys([*old, *new]):
@@ -405,7 +437,9 @@ def _why(was: BudgetLine | None, now: BudgetLine | None) -> str:
             return "unpriced in both"
         return f"unpriced {'before' if was.amount is None else 'now'}"
     reasons = []
-    if (was.sku, was.priority, was.region) != (now.sku, now.priority, now.region):
+    if was.region != now.region:
+        reasons.append(f"another region: {was.region}, now {now.region}")
+    if (was.sku, was.priority) != (now.sku, now.priority):
         reasons.append(f"another machine or way to buy: {was.basis}, now {now.basis}")
     elif was.unit != now.unit or was.basis == LUMP_SUM != now.basis:
         reasons.append(f"counted differently: {was.basis}, now {now.basis}")

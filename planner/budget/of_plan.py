@@ -14,7 +14,7 @@ from planner.fit import Fit, Settings, Task, ladder, smallest, with_context
 from planner.model import ModelSpec
 from planner.plan import Intent, Plan, PoolAlternatives, make_plan
 from planner.plan.choices import Job
-from planner.plan.intent import FinetuneWorkload, ServeWorkload
+from planner.plan.intent import FinetuneWorkload, ServeWorkload, model_of
 
 ALWAYS_SUPPOSED = (
     "prometheus_series_per_node",
@@ -48,7 +48,12 @@ def draft_of_plan(name: str, intent: Intent, plan: Plan, sheet: PriceSheet) -> D
                 sku=pool.sku,
                 hours_per_month=pool.hours_per_month,
                 ways=pool.ways,
-                advice=advice(pool.ways, pool.hours_per_month),
+                advice=advice(
+                    pool.ways,
+                    pool.hours_per_month,
+                    next(p.priority for p in plan.pools if p.name == pool.pool),
+                    spot_allowed=intent.pricing.spot,
+                ),
             )
             for pool in plan.alternatives
         ),
@@ -146,16 +151,22 @@ def _what_ifs(intent: Intent, plan: Plan, sheet: PriceSheet) -> list[WhatIfDraft
 
     rows = []
     if any(pool.priority == "spot" for pool in plan.pools):
-        pricing = intent.pricing.model_copy(update={"spot": False})
+        pricing = intent.pricing.model_copy(update={"spot": False, "commitments": ()})
         without = intent.model_copy(update={"pricing": pricing})
         rows.append(replanned("No spot: every GPU machine on demand", without))
-    rows.append(replanned("Contexts twice as long", _each(intent, _twice)))
+    longer = _each(intent, lambda workload: _longer(intent, workload))
+    if longer != intent:
+        contexts = ", ".join(dict.fromkeys(f"{w.context:,}" for w in longer.workloads))
+        rows.append(replanned(f"Contexts twice as long, or the model's longest ({contexts} tokens)", longer))
     served = [w for w in intent.workloads if isinstance(w, ServeWorkload)]
     if served:
         rows.append(replanned("A second replica of each server", _each(intent, _replica)))
     if any(w.schedule != "always" for w in served):
-        rows.append(replanned("Servers left running around the clock", _each(intent, _always)))
-    rows.append(_reserved(plan, sheet))
+        # a server that never stops leaves others no turn
+        apart = _each(intent, _always).model_copy(update={"take_turns": False})
+        rows.append(replanned("Servers left running around the clock", apart))
+    if any(pool.priority != "reserved-1y" for pool in plan.pools if not pool.fallback):
+        rows.append(_reserved(plan, sheet))
     return rows
 
 
@@ -166,8 +177,10 @@ def _each(intent: Intent, change: Callable[[Workload], Workload]) -> Intent:
     return intent.model_copy(update={"workloads": tuple(change(w) for w in intent.workloads)})
 
 
-def _twice(workload: Workload) -> Workload:
-    return workload.model_copy(update={"context": workload.context * 2})
+def _longer(intent: Intent, workload: Workload) -> Workload:
+    """Twice the context, but no longer than the model's own."""
+    limit = model_of(intent, workload).max_context
+    return workload.model_copy(update={"context": min(workload.context * 2, limit)})
 
 
 def _replica(workload: Workload) -> Workload:
@@ -192,7 +205,7 @@ def _reserved(plan: Plan, sheet: PriceSheet) -> WhatIfDraft:
             priority="reserved-1y",
             count=pool.max_nodes,
             hours=MONTH_HOURS,
-        )
+        ).to_cents()
         for pool in plan.pools
         if not pool.fallback
     )

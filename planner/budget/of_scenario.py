@@ -8,15 +8,15 @@ from decimal import Decimal
 from planner.budget import LUMP_SUM, Commitment, Draft, Money, Rounding, Supposed, WhatIfDraft, advice
 from planner.budget.of_plan import memory_curves, reservation_note
 from planner.catalog import load_model
-from planner.catalog.hardware import VmSku
 from planner.catalog.prices import EVERYWHERE, PriceSheet, Priority
 from planner.catalog.scenarios import Item, Scenario, reference
 from planner.cost.lines import Group, Line, alternatives, figure, meter_line, total, vm_line
 from planner.cost.schedule import MONTH_HOURS
-from planner.fit import Fit, Settings, Task, candidates, fit_size
+from planner.fit import Fit, Settings, Task, candidates
 from planner.memory.serving import ServingSettings
 from planner.memory.training import FinetuneSettings
 from planner.model import ModelSpec
+from planner.plan.choices import excluded, fit_on
 
 LEFT_OUT = (
     "as published, the scenario leaves out the cluster's system nodes, their disks, the control plane, the container"
@@ -48,7 +48,7 @@ def draft_of_scenario(scenario: Scenario, sheet: PriceSheet, region: str | None 
         assumptions=_stated(scenario),
         what_ifs=tuple(_what_ifs(scenario, sheet, where, lines)),
         commitments=tuple(_commitments(scenario, sheet, where)),
-        memory=memory_curves(_tasks(scenario)),
+        memory=memory_curves(_tasks(scenario, scenario.context)),
         notes=(LEFT_OUT,),
         inputs={"scenario": scenario.model_dump_json(), "region": where},
     )
@@ -156,10 +156,11 @@ def _what_ifs(scenario: Scenario, sheet: PriceSheet, region: str, lines: tuple[L
                 note="same machine, same hours",
             )
         )
-    size, why = _longer(scenario, sheet, region)
+    longer = min(scenario.context * 2, load_model(scenario.model).max_context)
+    size, why = _size_for(scenario, longer, sheet, region)
     rows.append(
         WhatIfDraft(
-            change=f"Contexts twice as long ({scenario.context * 2:,} tokens)",
+            change=f"Contexts twice as long, or the model's longest ({longer:,} tokens)",
             lines=otherwise(lambda item: _line(item, sheet, region, sku=size)) if size else None,
             note=why,
         )
@@ -185,22 +186,19 @@ def _what_ifs(scenario: Scenario, sheet: PriceSheet, region: str, lines: tuple[L
     return rows
 
 
-def _longer(scenario: Scenario, sheet: PriceSheet, region: str) -> tuple[str, str]:
-    """The size that holds every task of the scenario at twice its context, and in words; empty where none does.
+def _size_for(scenario: Scenario, context: int, sheet: PriceSheet, region: str) -> tuple[str, str]:
+    """The size that holds every task of the scenario at that context, and in words; empty where none does.
 
     Of those that hold them all and have a price bought the scenario's way: its own size, else the cheapest.
     """
-    spec = load_model(scenario.model)
-    if scenario.context * 2 > spec.max_context:
-        return "", f"{spec.name} ends at {spec.max_context:,} tokens without a rope extension"
-    tasks = _tasks(scenario, factor=2)
+    tasks = _tasks(scenario, context)
     machine = next(item for item in scenario.items if _is_gpu(item))
     holding = []
     for size in candidates():
         rate = sheet.rate(size.name, region, machine.priority)
-        if rate is None or not _on_aks(size):
+        if rate is None or excluded(size, ()):
             continue
-        fits = (fit_size(m, s, size, headroom=h, search_context=False) for _, m, s, h in tasks)
+        fits = (fit_on(m, s, size, h) for _, m, s, h in tasks)
         if all(isinstance(fit, Fit) for fit in fits):
             holding.append((size.name != machine.sku, rate, size))
     if not holding:
@@ -211,15 +209,13 @@ def _longer(scenario: Scenario, sheet: PriceSheet, region: str) -> tuple[str, st
     return size.name, f"{size.short_name} holds it"
 
 
-def _on_aks(size: VmSku) -> bool:
-    return size.status == "available" and size.aks_supported == "yes"
-
-
 def _commitments(scenario: Scenario, sheet: PriceSheet, region: str) -> list[Commitment]:
     hours: dict[str, Decimal] = {}
+    bought: dict[str, Priority] = {}
     for item in scenario.items:
         if _is_gpu(item):
             hours[item.sku] = hours.get(item.sku, Decimal(0)) + item.hours
+            bought[item.sku] = item.priority
     found = []
     for sku, used in hours.items():
         ways = alternatives(sheet, sku, region, min(used, MONTH_HOURS))
@@ -229,16 +225,15 @@ def _commitments(scenario: Scenario, sheet: PriceSheet, region: str) -> list[Com
                 sku=sku,
                 hours_per_month=used,
                 ways=ways,
-                advice=advice(ways, used),
+                advice=advice(ways, used, bought[sku]),
             )
         )
     return found
 
 
-def _tasks(scenario: Scenario, factor: int = 1) -> list[tuple[Task, ModelSpec, Settings, float]]:
-    """What the scenario's machines do, at `factor` times its context: fine-tuning where it has such a line, serving."""
+def _tasks(scenario: Scenario, context: int) -> list[tuple[Task, ModelSpec, Settings, float]]:
+    """What the scenario's machines do, at a context: fine-tuning where it has such a line, and serving."""
     spec = load_model(scenario.model)
-    context = scenario.context * factor
     tasks: list[tuple[Task, ModelSpec, Settings, float]] = []
     if any(item.key == "gpu/finetune" for item in scenario.items):
         tasks.append(("finetune", spec, FinetuneSettings(seq_len=context), 0.05))

@@ -127,12 +127,12 @@ class VmSku(_Record):
 
 
 class CpuSize(Frozen):
-    """An Azure size without GPUs, for system nodes and people. quota_family: None where not confirmed."""
+    """An Azure size without GPUs, for system nodes and people."""
 
     name: str
     vcpus: int
     ram_gib: int
-    quota_family: str | None
+    quota_family: str
     source: str
     as_of: date
 
@@ -238,6 +238,13 @@ def cpu_size(name: str) -> CpuSize:
             )
     known = ", ".join(family["name"] for family in read_facts("cpu.json")["families"])
     raise PlannerError(f"{name!r} is not a CPU size in the catalog: take one of the families {known}, such as D4s_v5")
+
+
+@cache
+def quota_families() -> tuple[str, ...]:
+    """The quota families of all GPU and CPU sizes in the catalog, as Azure writes them."""
+    names = {size.quota_family for size in skus()}
+    return tuple(sorted(names | {family["quota_family"] for family in read_facts("cpu.json")["families"]}))
 
 
 @cache

@@ -21,8 +21,12 @@ OS_DISK_GIB = 128  # what AKS gives a node unless told otherwise; also the size 
 FREE_TIER = Provenance(
     source="AKS pricing tiers: Free has no fee; a live query of 2026-10-01 saw an open meter of 0.05 USD/h for it",
     as_of=date(2026, 10, 1),
-    note="no fee by Azure's description; check the first invoice",
+    estimate=True,
+    note="no fee by Azure's description, but one reading saw a meter at 0.05 USD an hour: check the first invoice",
 )
+FREE_TIER_SEEN_USD_PER_HOUR = Decimal("0.05")
+MONTH_DAYS = MONTH_HOURS / 24
+Tier = Literal["hot", "cool", "cold", "archive"]
 
 
 class Cluster(Frozen):
@@ -30,7 +34,8 @@ class Cluster(Frozen):
 
     system_sku, system_nodes: of the system pool; tier: of the control plane; registry: of the container registry
     private_endpoints: how many; egress_gb_per_month: answers and downloads that leave Azure
-    scrape_interval_seconds: of managed Prometheus; log_gb_per_month: None follows from the nodes
+    grafana_users: active in a month; scrape_interval_seconds: of managed Prometheus
+    log_gb_per_month: None follows from the nodes
     """
 
     system_sku: str = "Standard_D4s_v5"
@@ -42,6 +47,7 @@ class Cluster(Frozen):
     scrape_interval_seconds: int = Field(default=30, ge=1, le=3600)
     log_gb_per_month: Decimal | None = Field(default=None, ge=0, le=10**6)
     grafana: bool = False
+    grafana_users: int = Field(default=2, ge=0, le=100000)
     defender: bool | None = None
 
     @field_validator("system_sku")
@@ -65,8 +71,8 @@ class Cluster(Frozen):
 class Storage(Frozen):
     """What is kept in Blob storage. Weights and adapter sizes follow from the model.
 
-    redundancy: None follows the posture; checkpoints_kept: the newest so many stay; soft_delete_days: deleted blobs
-    are billed that much longer; archive_gb: what is kept in the archive tier
+    redundancy: None follows the posture; ..._tier: where each kind lies; checkpoints_kept: the newest so many stay
+    soft_delete_days: deleted blobs are billed that much longer; archive_gb: what else is kept in the archive tier
     """
 
     redundancy: Literal["lrs", "zrs"] | None = None
@@ -75,6 +81,10 @@ class Storage(Frozen):
     adapters_kept: int = Field(default=5, ge=0, le=10**6)
     checkpoints_kept: int = Field(default=2, ge=0, le=10**6)
     soft_delete_days: int = Field(default=7, ge=0, le=365)
+    weights_tier: Literal["hot", "cool", "cold"] = "hot"
+    datasets_tier: Tier = "hot"
+    adapters_tier: Tier = "hot"
+    checkpoints_tier: Literal["hot", "cool", "cold"] = "hot"
 
 
 class Developers(Frozen):
@@ -160,7 +170,18 @@ def _people(sheet: PriceSheet, region: str, developers: Developers) -> list[Line
             priority="on-demand",
             count=developers.count,
             hours=developers.hours.hours_per_month(),
-        )
+        ),
+        meter_line(
+            sheet,
+            key="people/developer-disks",
+            group="people",
+            label="Disks of the developers' machines",
+            basis=f"{developers.count} premium disks of {OS_DISK_GIB} GiB (P10), also while machines are off",
+            meter="disk-premium-p10",
+            region=region,
+            units=Decimal(developers.count),
+            service="Storage",
+        ),
     ]
 
 
@@ -206,8 +227,8 @@ def _platform(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad) -
                 unit_usd=Decimal(0),
                 low_usd=Decimal(0),
                 usd=Decimal(0),
-                high_usd=Decimal(0),
-                formula="no fee in the Free tier",
+                high_usd=FREE_TIER_SEEN_USD_PER_HOUR * MONTH_HOURS,
+                formula="no fee in the Free tier; high: 730 h x 0.05 USD",
                 provenance=FREE_TIER,
                 service="Azure Kubernetes Service",
                 region=region,
@@ -266,16 +287,16 @@ def _storage(sheet: PriceSheet, region: str, posture: Posture, storage: Storage,
     redundancy = storage.redundancy or ("zrs" if posture == "prod" else "lrs")
     # a deleted blob is billed for soft_delete_days more: so many of a month's deleted checkpoints are there at a time
     deleted = max(kept.checkpoints_written - storage.checkpoints_kept, Decimal(0))
-    lingering = deleted * min(storage.soft_delete_days, 30) / 30
+    lingering = deleted * storage.soft_delete_days / MONTH_DAYS
 
-    def capacity(key: str, label: str, basis: str, gigabytes: Decimal, why: str, tier: str = "hot") -> Line:
+    def capacity(key: str, label: str, basis: str, gigabytes: Decimal, why: str, tier: Tier = "hot") -> Line:
         kind = "lrs" if tier == "archive" else redundancy
         return meter_line(
             sheet,
             key=f"storage/{key}",
             group="storage",
             label=label,
-            basis=f"{figure(gigabytes, 2)} GB, {basis}",
+            basis=f"{figure(gigabytes, 2)} GB {tier}, {basis}" if basis else f"{figure(gigabytes, 2)} GB {tier}",
             meter=f"blob-{tier}-{kind}",
             region=region,
             units=gigabytes,
@@ -286,29 +307,32 @@ def _storage(sheet: PriceSheet, region: str, posture: Posture, storage: Storage,
     weights, adapter, checkpoint = (
         _billing_gb(n) for n in (kept.weights_bytes, kept.adapter_bytes, kept.checkpoint_bytes)
     )
-    lines = [capacity("weights", "Model weights", "hot storage", weights, "bytes of the checkpoint / 2^30")]
+    lines = [capacity("weights", "Model weights", "", weights, "bytes of the checkpoint / 2^30", storage.weights_tier)]
     if storage.dataset_gb:
-        lines.append(capacity("datasets", "Training data", "hot storage", storage.dataset_gb, "as stated"))
+        lines.append(capacity("datasets", "Training data", "", storage.dataset_gb, "as stated", storage.datasets_tier))
     if kept.adapter_bytes and storage.adapters_kept:
         text = f"{storage.adapters_kept} trained adapters"
         why = f"{storage.adapters_kept} x {figure(adapter, 3)} GB"
-        lines.append(capacity("adapters", "Trained adapters", text, adapter * storage.adapters_kept, why))
+        kept_gb = adapter * storage.adapters_kept
+        lines.append(capacity("adapters", "Trained adapters", text, kept_gb, why, storage.adapters_tier))
     if kept.checkpoint_bytes:
         if storage.checkpoints_kept:
             text = f"the newest {storage.checkpoints_kept} checkpoints"
             why = f"{storage.checkpoints_kept} x {figure(checkpoint, 3)} GB"
-            lines.append(
-                capacity("checkpoints", "Training checkpoints", text, checkpoint * storage.checkpoints_kept, why)
-            )
+            kept_gb = checkpoint * storage.checkpoints_kept
+            lines.append(capacity("checkpoints", "Training checkpoints", text, kept_gb, why, storage.checkpoints_tier))
         if lingering:
             text = f"deleted checkpoints, kept {storage.soft_delete_days} days more"
             why = (
-                f"{figure(deleted, 1)} deleted a month x {storage.soft_delete_days} days / 30"
-                f" x {figure(checkpoint, 3)} GB"
+                f"{figure(deleted, 1)} deleted a month x {storage.soft_delete_days} days /"
+                f" {figure(MONTH_DAYS, 2)} x {figure(checkpoint, 3)} GB"
             )
-            lines.append(capacity("soft-deleted", "Soft-deleted checkpoints", text, checkpoint * lingering, why))
+            kept_gb = checkpoint * lingering
+            lines.append(
+                capacity("soft-deleted", "Soft-deleted checkpoints", text, kept_gb, why, storage.checkpoints_tier)
+            )
     if storage.archive_gb:
-        lines.append(capacity("archive", "Archive", "archive tier", storage.archive_gb, "as stated", tier="archive"))
+        lines.append(capacity("archive", "Archive", "", storage.archive_gb, "as stated", "archive"))
     operations = assumption("blob_operations_per_month")
     for kind in ("writes", "reads"):
         lines.append(
@@ -318,7 +342,7 @@ def _storage(sheet: PriceSheet, region: str, posture: Posture, storage: Storage,
                 group="storage",
                 label=f"Storage {kind}",
                 basis=f"about {figure(operations.expected / 2, 0)} operations",
-                meter=f"blob-hot-lrs-{kind}",
+                meter=f"blob-hot-{redundancy}-{kind}",
                 region=region,
                 units=(operations.low / 20000, operations.expected / 20000, operations.high / 20000),
                 service="Storage",
@@ -429,6 +453,19 @@ def _monitoring(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad)
                 meter="grafana-node",
                 region=region,
                 units=MONTH_HOURS * 2,
+                service="Azure Managed Grafana",
+            )
+        )
+        lines.append(
+            meter_line(
+                sheet,
+                key="monitoring/grafana-users",
+                group="monitoring",
+                label="People who use the dashboards",
+                basis=f"{cluster.grafana_users} in a month",
+                meter="grafana-user",
+                region=region,
+                units=Decimal(cluster.grafana_users),
                 service="Azure Managed Grafana",
             )
         )

@@ -9,6 +9,7 @@ from planner.catalog.prices import COMMITTED, EVERYWHERE, Meter, PriceSheet, Pri
 from planner.cost.schedule import MONTH_HOURS
 from planner.cost.spot import Overhead, Range
 from planner.model import Frozen
+from planner.units import round_money
 
 Group = Literal["compute", "people", "platform", "storage", "network", "monitoring", "security"]
 ONE: Range = (Decimal(1), Decimal(1), Decimal(1))
@@ -55,10 +56,25 @@ class Line(Frozen):
     def priced(self) -> bool:
         return self.usd is not None
 
+    def to_cents(self) -> Line:
+        """The line as it is printed: amounts to cents, quantity and unit price to what a reader can follow."""
+        cents = {
+            name: None if (value := getattr(self, name)) is None else round_money(value)
+            for name in ("low_usd", "usd", "high_usd", "idle_usd")
+        }
+        unit = None if self.unit_usd is None else tidy(self.unit_usd, 10)
+        return self.model_copy(update=cents | {"quantity": tidy(self.quantity, 6), "unit_usd": unit})
+
 
 def total(lines: tuple[Line, ...], field: Literal["low_usd", "usd", "high_usd"] = "usd") -> Decimal:
     """The sum of the priced lines, USD a month."""
     return sum((value for line in lines if (value := getattr(line, field)) is not None), Decimal(0))
+
+
+def tidy(value: Decimal, places: int) -> Decimal:
+    """A number without digits that mean nothing: at most so many decimals, no zeros at its end, no exponent."""
+    text = f"{value:.{places}f}"
+    return Decimal(text.rstrip("0").rstrip(".") if "." in text else text)
 
 
 def figure(value: Decimal, places: int = 6) -> str:
@@ -92,15 +108,15 @@ def vm_line(
 ) -> Line:
     """VMs of one size for a month.
 
-    On demand and spot: count x (hours x overhead + idle_hours) x hourly price. Committed: count x 730 h x hourly price,
-    used or not. hours, idle_hours: of one machine in the month; overhead: of evictions, spot only.
+    On demand and spot: count x (hours x overhead + idle_hours) x hourly price, at most 730 hours. Committed: count x
+    730 h x hourly price, used or not. hours, idle_hours: of one machine in the month; overhead: of evictions, on spot.
     """
     short = sku.removeprefix("Standard_")
     offer = sheet.offer(sku, region, priority)
     many = f"{count} x " if count != 1 else ""
     committed = priority in COMMITTED
     factor = overhead.factor if overhead and priority == "spot" else ONE
-    billed = [MONTH_HOURS if committed else hours * share + idle_hours for share in factor]
+    billed = [MONTH_HOURS if committed else min(hours * share + idle_hours, MONTH_HOURS) for share in factor]
     quantity = billed[1] * count
     common = {
         "key": key,
@@ -127,7 +143,7 @@ def vm_line(
         )
     rate = offer.usd_per_hour
     low, usd, high = (rate * count * amount for amount in billed)
-    used = hours * factor[1]
+    used = min(hours * factor[1], MONTH_HOURS)
     if overhead and priority == "spot":
         used -= hours * overhead.away[1]
     idle = rate * count * max(billed[1] - used, Decimal(0))

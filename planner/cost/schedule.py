@@ -33,30 +33,36 @@ class Schedule(Frozen):
     def always(self) -> bool:
         return self.hours is None and not self.windows
 
-    @property
-    def week_minutes(self) -> int:
-        """Minutes of the week inside at least one window."""
+    def _minutes(self) -> bytearray:
+        """A byte a minute of the week: 1 inside at least one window."""
         on = bytearray(_WEEK_MINUTES)
         for window in self.windows:
             for minute in range(window.start_minute, window.end_minute):
                 on[minute % _WEEK_MINUTES] = 1
-        return sum(on)
+        return on
+
+    @property
+    def week_minutes(self) -> int:
+        """Minutes of the week inside at least one window."""
+        return sum(self._minutes())
 
     @property
     def starts_per_month(self) -> Decimal:
-        """How often a month it switches on: once a window, and once a working day (21.7) for plain hours; 0 never."""
+        """How often a month it switches on: when a window begins that no other runs into, and once a working day (21.7)
+        for plain hours; 0 for always and never."""
         if self.always or self.hours == 0:
             return Decimal(0)
-        weeks = MONTH_HOURS / 168
-        return weeks * (len(self.windows) or 5)
+        on = self._minutes()
+        begins = sum(on[i] and not on[i - 1] for i in range(_WEEK_MINUTES)) if self.windows else 5
+        return MONTH_HOURS / 168 * begins
 
-    def hours_per_month(self, month_hours: Decimal = MONTH_HOURS) -> Decimal:
-        """Hours of a month of month_hours: as stated, or minutes of the week / 60 * month_hours / 168."""
+    def hours_per_month(self) -> Decimal:
+        """Hours of a month of 730: as stated, or minutes of the week / 60 x 730 / 168."""
         if self.hours is not None:
             return self.hours
         if not self.windows:
-            return month_hours
-        return Decimal(self.week_minutes) * month_hours / (60 * 168)
+            return MONTH_HOURS
+        return Decimal(self.week_minutes) * MONTH_HOURS / (60 * 168)
 
 
 def parse_schedule(text: str) -> Schedule:
@@ -70,8 +76,8 @@ def parse_schedule(text: str) -> Schedule:
     hours = re.fullmatch(r"([0-9]{1,5}(?:\.[0-9]{1,3})?) ?(?:h|hours)?", plain)
     if hours is not None:
         value = Decimal(hours[1])
-        if value > 744:
-            raise PlannerError(f"{text[:60]!r} is more than the 744 hours of the longest month: write always, or fewer")
+        if value > MONTH_HOURS:
+            raise PlannerError(f"{text[:60]!r} is more than the 730 hours that a month has on average: write always")
         return Schedule(text=f"{value:f}h", hours=value)
     windows: list[Window] = []
     for part in filter(None, (piece.strip() for piece in plain.split(";"))):

@@ -24,13 +24,12 @@ class SpotRisk(Frozen):
 class Overhead(Frozen):
     """What evictions add. factor: billed hours for an hour of work (>= 1); away: share of the hours without an answer.
 
-    Both low, expected, high. interval_hours: between checkpoints, if any; checkpoint_hours: to write one
+    Both low, expected, high. interval_hours: between checkpoints, if any
     """
 
     factor: Range = (Decimal(1), Decimal(1), Decimal(1))
     away: Range = (Decimal(0), Decimal(0), Decimal(0))
     interval_hours: Decimal | None = None
-    checkpoint_hours: Decimal | None = None
 
 
 def hours_between_evictions(chance_per_hour: float) -> float:
@@ -74,19 +73,20 @@ def run_factor(
     return m * exp(r / m) * expm1((t + d) / m) / t
 
 
-def training_overhead(risk: SpotRisk, checkpoint_hours: float) -> Overhead:
-    """A training run's overhead on spot, its interval chosen for the expected rate and kept for the others."""
+def training_overhead(risk: SpotRisk, checkpoint_hours: tuple[float, float, float]) -> Overhead:
+    """A training run's overhead on spot, its interval chosen for the expected rate and kept for the others.
+
+    checkpoint_hours: to write one, at best, as expected, at worst. Where nothing is expected to be evicted, the
+    interval is chosen for the high rate.
+    """
     between = [hours_between_evictions(float(p)) for p in risk.evictions_per_hour]
-    interval = checkpoint_interval_hours(checkpoint_hours, between[1])
+    rate = between[1] if between[1] != inf else between[2]
+    interval = checkpoint_interval_hours(checkpoint_hours[1], rate)
     factors = [
-        run_factor(interval, checkpoint_hours, float(restart), m)
-        for restart, m in zip(risk.restart_hours, between, strict=True)
+        run_factor(interval, checkpoint, float(restart), m)
+        for checkpoint, restart, m in zip(checkpoint_hours, risk.restart_hours, between, strict=True)
     ]
-    return Overhead(
-        factor=_range(factors),
-        interval_hours=None if interval == inf else Decimal(f"{interval:.3f}"),
-        checkpoint_hours=Decimal(f"{checkpoint_hours:.5f}"),
-    )
+    return Overhead(factor=_range(factors), interval_hours=None if interval == inf else Decimal(f"{interval:.3f}"))
 
 
 def serving_overhead(risk: SpotRisk) -> Overhead:

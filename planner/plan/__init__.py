@@ -5,14 +5,14 @@ The plan is the narrow waist: what stands right of it (stack files, infrastructu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from decimal import Decimal
-from typing import Literal
+from functools import cache
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
-from planner.catalog.hardware import CpuSize, cpu_size
 from planner.catalog.prices import COMMITTED, PriceSheet, Priority, Provenance
 from planner.cost.cluster import GpuLoad, Kept, cluster_lines
 from planner.cost.lines import Alternative, Line, alternatives, figure, total, vm_line
@@ -35,7 +35,9 @@ from planner.plan.choices import (
     jobs_of,
     limits,
     no_placement,
+    other_vcpus,
     pool_nodes,
+    pool_usd,
     wanted_vcpus,
 )
 from planner.plan.intent import ANY_REGION, FinetuneWorkload, Intent, intents_from_options, parse_intent
@@ -170,31 +172,38 @@ def make_plan(intent: Intent, sheet: PriceSheet) -> Plan:
     """
     jobs = jobs_of(intent)
     regions = sheet.regions if ANY_REGION in intent.regions else tuple(dict.fromkeys(map(sheet.region, intent.regions)))
-    preferred = {family.lower() for family in intent.prefer_families}
+    quota = {name if name == "*" else sheet.region(name): limit for name, limit in intent.quota.items()}
+    intent_digest = intent.digest
+    intent = intent.model_copy(update={"quota": quota})
+    preferred = frozenset(intent.prefer_families)
     notes: list[str] = []
     best = None
     if preferred:
         best, seen = _cheapest_region(intent, jobs, sheet, regions, preferred)
         if best is None:
             notes.append("no plan stays within the preferred families, so all were searched")
+            preferred = frozenset()
     if best is None:
-        best, seen = _cheapest_region(intent, jobs, sheet, regions, set())
+        best, seen = _cheapest_region(intent, jobs, sheet, regions, frozenset())
     if best is None:
         reasons = "; ".join(dict.fromkeys(f"{s.region}: {s.reason}" for s in seen[:3]))
         more = f" (and {len(seen) - 3} more regions)" if len(seen) > 3 else ""
         raise DoesNotFit(f"no plan fits the intent: {reasons}{more}; allow other regions, sizes or more quota")
-    return _plan(intent, jobs, sheet, best, seen, notes)
+    plan = _plan(intent, jobs, sheet, best, seen, notes)
+    return plan.model_copy(update={"intent_digest": intent_digest})
 
 
-class _Found:
-    """The cheapest placement of a region, and what it was chosen from."""
+class _Found(NamedTuple):
+    """The cheapest placement of a region. families: it was searched within these alone, all when empty."""
 
-    def __init__(self, region: str, placement: Placement, tables: tuple[tuple[Choice, ...], ...], usd: Decimal) -> None:
-        self.region, self.placement, self.tables, self.usd = region, placement, tables, usd
+    region: str
+    placement: Placement
+    usd: Decimal
+    families: frozenset[str]
 
 
 def _cheapest_region(
-    intent: Intent, jobs: Sequence[Job], sheet: PriceSheet, regions: Sequence[str], families: set[str]
+    intent: Intent, jobs: Sequence[Job], sheet: PriceSheet, regions: Sequence[str], families: frozenset[str]
 ) -> tuple[_Found | None, list[RegionConsidered]]:
     """The region with the cheapest plan (ties by name), and what every other came to."""
     best: _Found | None = None
@@ -209,8 +218,8 @@ def _cheapest_region(
             continue
         tables = tuple(choices(job, i, sheet, region, shared=intent.take_turns) for i, job in enumerate(jobs))
         if families:
-            tables = tuple(tuple(c for c in t if c.option.size.quota_family.lower() in families) for t in tables)
-        limit = limits(intent, region, _other_vcpus(intent))
+            tables = tuple(tuple(c for c in t if c.option.size.quota_family in families) for t in tables)
+        limit = limits(intent.quota, region, other_vcpus(intent))
         placement = Search(tables, intent, sheet, region, limit).run()
         if placement is None:
             reason = no_placement(jobs, tables, sheet, region)
@@ -220,16 +229,8 @@ def _cheapest_region(
         usd = base + placement.usd
         seen.append(RegionConsidered(region=region, usd_per_month=usd, reason=""))
         if best is None or usd < best.usd:
-            best = _Found(region, placement, tables, usd)
+            best = _Found(region, placement, usd, families)
     return best, seen
-
-
-def _other_vcpus(intent: Intent) -> int:
-    """vCPUs of system nodes and developers' machines, which count against the region's total."""
-    cluster = intent.cluster.resolved(intent.posture)
-    return cpu_size(cluster.system_sku).vcpus * (cluster.system_nodes or 0) + (
-        cpu_size(intent.developers.sku).vcpus * intent.developers.count
-    )
 
 
 def _cluster(intent: Intent, sheet: PriceSheet, region: str, kept: Kept, load: GpuLoad) -> tuple[Line, ...]:
@@ -243,6 +244,19 @@ def _cluster(intent: Intent, sheet: PriceSheet, region: str, kept: Kept, load: G
         kept=kept,
         load=load,
     )
+
+
+def cluster_usd(intent: Intent, sheet: PriceSheet, region: str) -> Callable[[int, bool], Decimal]:
+    """USD a month of all but the GPU machines, by how many of them run all month, and whether each needs a disk."""
+    kept = kept_in_blob(jobs_of(intent))
+
+    @cache
+    def around(machines: int, os_disk: bool) -> Decimal:
+        hours = MONTH_HOURS * machines
+        load = GpuLoad(pod_hours=hours, os_disk_hours=hours if os_disk else Decimal(0))
+        return total(_cluster(intent, sheet, region, kept, load))
+
+    return around
 
 
 def _pod_hours(jobs: Sequence[Job]) -> Decimal:
@@ -289,9 +303,11 @@ def _plan(
     chosen = found.placement.choices
     names = _pool_names(chosen)
     compute = _compute_lines(intent, jobs, sheet, found.region, chosen)
-    disk_hours = sum((_billed_hours(jobs[c.job], c) * c.option.nodes for c in chosen if c.option.os_disk), Decimal(0))
-    load = GpuLoad(pod_hours=_pod_hours(jobs), os_disk_hours=disk_hours)
-    lines = (*compute, *_cluster(intent, sheet, found.region, kept_in_blob(jobs), load))
+    load = GpuLoad(pod_hours=_pod_hours(jobs), os_disk_hours=_disk_hours(intent, jobs, chosen))
+    cluster = _cluster(intent, sheet, found.region, kept_in_blob(jobs), load)
+    # to cents, as they are printed: the totals are the sums of what people read
+    compute = tuple(line.to_cents() for line in compute)
+    lines = (*compute, *(line.to_cents() for line in cluster))
     used = [line.provenance for line in lines if line.provenance is not None]
     unpriced = tuple(line.key for line in lines if not line.priced)
     return Plan(
@@ -307,17 +323,22 @@ def _plan(
         unpriced=unpriced,
         prices=prices_used(sheet, used),
         quota=_quota(intent, found.region, chosen),
-        alternatives=_alternatives(jobs, sheet, found.region, chosen, names),
+        alternatives=_alternatives(intent, jobs, sheet, found.region, chosen, names),
         considered=tuple(row for job in jobs for row in _considered(intent, job, jobs.index(job), sheet, found)),
         regions=tuple(_against_best(row, found) for row in seen),
         notes=(*notes, *_notes(intent, jobs, chosen)),
     )
 
 
-def _billed_hours(job: Job, choice: Choice) -> Decimal:
-    """Hours a month that one machine of the choice is there."""
-    factor = choice.option.overhead.factor[1] if choice.priority == "spot" else Decimal(1)
-    return job.hours * factor + job.idle_hours
+def _disk_hours(intent: Intent, jobs: Sequence[Job], chosen: Sequence[Choice]) -> Decimal:
+    """Hours a month of machines that need a system disk of their own; those of a commitment stay all month."""
+    pools = pool_nodes(chosen, turns=intent.take_turns)
+    hours = Decimal(0)
+    for choice in chosen:
+        if choice.option.os_disk and choice.priority not in COMMITTED:
+            hours += jobs[choice.job].billed_hours(choice.priority, choice.option.overhead) * choice.option.nodes
+    kept = {c.pool for c in chosen if c.option.os_disk and c.priority in COMMITTED}
+    return hours + sum((MONTH_HOURS * pools[pool] for pool in kept), Decimal(0))
 
 
 def _pool_names(chosen: Sequence[Choice]) -> dict[tuple[str, Priority], str]:
@@ -408,7 +429,9 @@ def _pools(
         )
         pools.append(plain)
         if pool[1] == "spot" and intent.pricing.fallback_on_demand:
-            twin = {"name": f"{plain.name[:-4]}fb", "priority": "on-demand", "min_nodes": 0, "fallback": True}
+            # `...spot2` -> `...fb2`: as different from each other as the pools they stand in for
+            name = plain.name.replace("spot", "fb")
+            twin = {"name": name, "priority": "on-demand", "min_nodes": 0, "fallback": True}
             pools.append(plain.model_copy(update=twin | {"usd_per_month": Decimal(0)}))
     return tuple(pools)
 
@@ -459,12 +482,10 @@ def _quota(intent: Intent, region: str, chosen: Sequence[Choice]) -> tuple[Quota
     """What to ask Azure for: each GPU family, the system nodes' family, spot in total, and the region's total."""
     family, spot = wanted_vcpus(chosen, turns=intent.take_turns, fallback=intent.pricing.fallback_on_demand)
     wanted = [(name, vcpus, "GPU machines that are not spot, all pools full") for name, vcpus in sorted(family.items())]
-    cluster = intent.cluster.resolved(intent.posture)
-    nodes = (cluster.system_nodes or 0) + 1
-    system, people = cpu_size(cluster.system_sku), cpu_size(intent.developers.sku)
-    wanted.append((_family(system), system.vcpus * nodes, "system nodes and one more while they are upgraded"))
-    if intent.developers.count:
-        wanted.append((_family(people), people.vcpus * intent.developers.count, "developers' machines"))
+    wanted += [
+        (name, vcpus, "system nodes and one more while they are upgraded; developers' machines")
+        for name, vcpus in other_vcpus(intent).items()
+    ]
     total_vcpus = sum(vcpus for _, vcpus, _ in wanted)
     if spot:
         wanted.append(("Total Regional Spot vCPUs", spot, "spot machines of all families"))
@@ -480,11 +501,8 @@ def _quota(intent: Intent, region: str, chosen: Sequence[Choice]) -> tuple[Quota
     )
 
 
-def _family(size: CpuSize) -> str:
-    return size.quota_family or f"the quota family of {size.name}"
-
-
 def _alternatives(
+    intent: Intent,
     jobs: Sequence[Job],
     sheet: PriceSheet,
     region: str,
@@ -494,7 +512,9 @@ def _alternatives(
     found = []
     for pool in dict.fromkeys(choice.pool for choice in chosen):
         members = [choice for choice in chosen if choice.pool == pool]
-        hours = min(sum((jobs[c.job].hours for c in members), Decimal(0)), MONTH_HOURS)
+        of_each = [jobs[c.job].hours for c in members]
+        # machines that are shared work for all in turn; others for their own workload alone
+        hours = sum(of_each, Decimal(0)) if intent.take_turns else max(of_each)
         overhead = max((c.option.overhead for c in members), key=lambda o: o.factor[1])
         found.append(
             PoolAlternatives(
@@ -514,8 +534,7 @@ def _considered(intent: Intent, job: Job, index: int, sheet: PriceSheet, found: 
     cheapest: dict[str, Choice] = {}
     for choice in choices(job, index, sheet, found.region, shared=False):
         cheapest.setdefault(choice.option.size.name, choice)
-    limit = limits(intent, found.region, _other_vcpus(intent))
-    preferred = {family.lower() for family in intent.prefer_families}
+    limit = limits(intent.quota, found.region, other_vcpus(intent))
     rows = []
     for size, outcome in job.outcomes:
         name = size.short_name
@@ -536,16 +555,17 @@ def _considered(intent: Intent, job: Job, index: int, sheet: PriceSheet, found: 
             rows.append(_row(job, name, gpus, None, "unpriced", None, f"no price in {found.region}"))
             continue
         usd = best.usd + (
-            _committed_usd(sheet, found.region, best) if intent.take_turns and best is chosen else Decimal(0)
+            _pool_share(sheet, found.region, best) if intent.take_turns and best is chosen else Decimal(0)
         )
         if best is chosen:
-            rows.append(_row(job, name, gpus, best.priority, "chosen", usd, "the cheapest set of pools has it"))
+            why = "the cheapest within the preferred families" if found.families else "the cheapest set of pools has it"
+            rows.append(_row(job, name, gpus, best.priority, "chosen", usd, why))
             continue
         broken = exceeded([*others, best], limit, turns=intent.take_turns, fallback=intent.pricing.fallback_on_demand)
-        own = chosen.usd + (_committed_usd(sheet, found.region, chosen) if intent.take_turns else Decimal(0))
+        own = chosen.usd + (_pool_share(sheet, found.region, chosen) if intent.take_turns else Decimal(0))
         if broken:
             rows.append(_row(job, name, gpus, best.priority, "quota", usd, broken))
-        elif preferred and size.quota_family.lower() not in preferred:
+        elif found.families and size.quota_family not in found.families:
             rows.append(_row(job, name, gpus, best.priority, "excluded", usd, "not of a preferred family"))
         else:
             more = f"{format_usd(usd - own)} a month more" if usd > own else "no cheaper, and shares no machine"
@@ -557,13 +577,11 @@ def _considered(intent: Intent, job: Job, index: int, sheet: PriceSheet, found: 
     return rows
 
 
-def _committed_usd(sheet: PriceSheet, region: str, choice: Choice) -> Decimal:
+def _pool_share(sheet: PriceSheet, region: str, choice: Choice) -> Decimal:
     """What a commitment costs that the search counts by pool."""
     if choice.priority not in COMMITTED:
         return Decimal(0)
-    rate = sheet.rate(choice.option.size.name, region, choice.priority)
-    assert rate is not None
-    return rate * MONTH_HOURS * choice.option.nodes
+    return pool_usd(choice.pool, choice.option.nodes, sheet, region)
 
 
 def _row(
@@ -598,11 +616,19 @@ def _notes(intent: Intent, jobs: Sequence[Job], chosen: Sequence[Choice]) -> lis
             notes.append(
                 f"{job.workload.name} on spot is away for about {figure(expected * job.hours, 1)} of its"
                 f" {figure(job.hours, 1)} hours a month ({figure(low * job.hours, 1)} to {figure(high * job.hours, 1)})"
-                f"{'' if job.workload.replicas > 1 else ': run a second replica where that matters'}"
+                f"{_spread_advice(job, choice)}"
             )
     if any(c.priority == "spot" for c in chosen) and intent.pricing.evictions_per_hour is None:
         notes.append("no eviction rate was given: read yours in Azure Resource Graph (SpotResources)")
     return notes
+
+
+def _spread_advice(job: Job, choice: Choice) -> str:
+    if job.workload.replicas == 1:
+        return ": run a second replica where that matters"
+    if choice.option.nodes == 1:
+        return f": all {job.workload.replicas} replicas share one machine, and one eviction takes them all"
+    return ""
 
 
 def over_budget(plan: Plan, intent: Intent) -> str:

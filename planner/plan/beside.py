@@ -26,12 +26,15 @@ class Beside(Frozen):
     why: str
 
 
-def beside_reference(intents: Sequence[Intent], sheet: PriceSheet) -> tuple[Beside, ...]:
-    """One row an intent (with one context): the cheapest GPU machines, and the same workloads on the reference's."""
+def beside_reference(intents: Sequence[Intent], sheet: PriceSheet) -> tuple[tuple[Beside, Plan | None], ...]:
+    """One row an intent (with one context): the cheapest GPU machines, and the same workloads on the reference's.
+
+    Each with the plan behind it, None where nothing holds the workloads.
+    """
     return tuple(_row(intent, sheet) for intent in intents)
 
 
-def _row(intent: Intent, sheet: PriceSheet) -> Beside:
+def _row(intent: Intent, sheet: PriceSheet) -> tuple[Beside, Plan | None]:
     context = max(workload.context for workload in intent.workloads)
     choice = next((c for c in reference().choices if context <= c.to_context), None)
     ours, refusal = _try(intent, sheet)
@@ -39,7 +42,7 @@ def _row(intent: Intent, sheet: PriceSheet) -> Beside:
     if choice is not None:
         theirs, their_refusal = _try(intent.model_copy(update={"skus": (choice.sku,)}), sheet)
     difference = ours.gpu_usd - theirs.gpu_usd if ours and theirs else None
-    return Beside(
+    row = Beside(
         context=context,
         plan=_machines(ours) if ours else "none",
         usd_per_month=ours.gpu_usd if ours else None,
@@ -48,6 +51,7 @@ def _row(intent: Intent, sheet: PriceSheet) -> Beside:
         difference_usd=difference,
         why=_why(ours, theirs, their_refusal, choice) if ours else refusal,
     )
+    return row, ours
 
 
 def _try(intent: Intent, sheet: PriceSheet) -> tuple[Plan | None, str]:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from typing import NamedTuple
 
 from planner.catalog.assumptions import assumption
-from planner.catalog.hardware import VmSku, gpu_of
+from planner.catalog.hardware import VmSku, cpu_size, gpu_of, sku
 from planner.catalog.prices import COMMITTED, PriceSheet, Priority
 from planner.cost.cluster import OS_DISK_GIB
 from planner.cost.schedule import MONTH_HOURS, Schedule
 from planner.cost.spot import Overhead, SpotRisk, serving_overhead, training_overhead
-from planner.errors import DoesNotFit
+from planner.errors import DoesNotFit, PlannerError
 from planner.fit import Fit, Misfit, Settings, candidates, fit_size, gpu_options
 from planner.memory.training import FinetuneSettings, TrainingMemory
 from planner.model import ModelSpec
-from planner.plan.intent import FinetuneWorkload, Intent, Quota, ServeWorkload, model_of, schedule_of, settings_of
+from planner.plan.intent import (
+    FinetuneWorkload,
+    Intent,
+    Quota,
+    ServeWorkload,
+    model_of,
+    schedule_of,
+    settings_of,
+    stated_gpus,
+)
 from planner.units import format_gib
 
 OUTSIDE_EVERY_VM = "no machine has so many GPUs"
@@ -54,11 +63,11 @@ class Job:
         """Every size a plan may choose, smallest first, with how the workload fares there (or why it cannot be)."""
         found: list[tuple[VmSku, Fit | Misfit | str]] = []
         for size in candidates(retired=bool(self.intent.skus)):
-            excluded = _excluded(size, self.intent.skus)
-            if excluded:
-                found.append((size, excluded))
+            reason = excluded(size, self.intent.skus)
+            if reason:
+                found.append((size, reason))
                 continue
-            if not gpu_options(self.settings, size):
+            if not gpu_options(self.settings, size, stated_gpus(self.workload)):
                 found.append((size, OUTSIDE_EVERY_VM))
                 continue
             found.append((size, self._fit(size)))
@@ -66,15 +75,7 @@ class Job:
 
     def _fit(self, size: VmSku) -> Fit | Misfit:
         """The workload on a size; fine-tuning may ask for the memory-efficient attention kernel where that decides."""
-        outcome = fit_size(self.spec, self.settings, size, headroom=self.headroom, search_context=False)
-        settings = self.settings
-        if isinstance(outcome, Fit) or outcome.reason or not isinstance(settings, FinetuneSettings):
-            return outcome
-        if settings.attention is not None or gpu_of(size).supports_flash_attention_2 is not False:
-            return outcome
-        efficient = settings.model_copy(update={"attention": "efficient"})
-        other = fit_size(self.spec, efficient, size, headroom=self.headroom, search_context=False)
-        return other if isinstance(other, Fit) else outcome
+        return fit_on(self.spec, self.settings, size, self.headroom, stated_gpus(self.workload))
 
     @cached_property
     def options(self) -> tuple[Option, ...]:
@@ -84,7 +85,7 @@ class Job:
             if isinstance(outcome, Fit):
                 pods = outcome.place.available // outcome.place.gpus
                 nodes = -(-self.workload.replicas // pods)
-                found.append(Option(size, outcome, nodes, self.overhead(outcome), _needs_disk(size)))
+                found.append(Option(size, outcome, nodes, self.overhead(outcome), needs_disk(size)))
         return tuple(found)
 
     def overhead(self, fit: Fit) -> Overhead:
@@ -92,8 +93,24 @@ class Job:
         risk = spot_risk(self.intent)
         if not isinstance(fit.memory, TrainingMemory):
             return serving_overhead(risk)
-        seconds = checkpoint_bytes(fit) / assumption("checkpoint_write_bytes_per_s").expected
-        return training_overhead(risk, float(seconds + assumption("checkpoint_fixed_seconds").expected) / 3600)
+        speed, fixed = assumption("checkpoint_write_bytes_per_s"), assumption("checkpoint_fixed_seconds")
+        size = checkpoint_bytes(fit)
+        best, usual, worst = (
+            float(size / rate + seconds) / 3600
+            for rate, seconds in (
+                (speed.high, fixed.low),
+                (speed.expected, fixed.expected),
+                (speed.low, fixed.high),
+            )
+        )
+        return training_overhead(risk, (best, usual, worst))
+
+    def billed_hours(self, priority: Priority, overhead: Overhead) -> Decimal:
+        """Hours a month that one machine is there: work, evictions, and until it is given back; at most the month."""
+        if priority in COMMITTED:
+            return MONTH_HOURS
+        factor = overhead.factor[1] if priority == "spot" else Decimal(1)
+        return min(self.hours * factor + self.idle_hours, MONTH_HOURS)
 
     def refusal(self) -> str:
         """Why no size is left, in one sentence."""
@@ -104,14 +121,26 @@ class Job:
         if fits_not:
             least = min(fits_not, key=lambda o: o.missing_bytes)
             return (
-                f"{where} fits on no size that is allowed: {least.place.label} lacks"
-                f" {format_gib(least.missing_bytes)} of {format_gib(least.needed_bytes)} a GPU, most of it"
-                f" {least.component} (`planner size` says what would fit)"
+                f"{where} fits on no size that is allowed: on {least.place.label} it needs"
+                f" {format_gib(least.needed_bytes)} a GPU, most of it {least.component}, and there are"
+                f" {format_gib(least.usable_bytes)} (`planner size` says what would fit)"
             )
         return f"{where}: {reasons[0]}" if reasons else f"{where} has no size to run on: loosen skus"
 
 
-def _excluded(size: VmSku, wanted: tuple[str, ...]) -> str:
+def fit_on(spec: ModelSpec, settings: Settings, size: VmSku, headroom: float, gpus: int | None = None) -> Fit | Misfit:
+    """The workload on a size; fine-tuning asks for the memory-efficient attention kernel where that decides."""
+    outcome = fit_size(spec, settings, size, headroom=headroom, gpus=gpus, search_context=False)
+    if isinstance(outcome, Fit) or outcome.reason or not isinstance(settings, FinetuneSettings):
+        return outcome
+    if settings.attention is not None or gpu_of(size).supports_flash_attention_2 is not False:
+        return outcome
+    efficient = settings.model_copy(update={"attention": "efficient"})
+    other = fit_size(spec, efficient, size, headroom=headroom, gpus=gpus, search_context=False)
+    return other if isinstance(other, Fit) else outcome
+
+
+def excluded(size: VmSku, wanted: tuple[str, ...]) -> str:
     """Why a size is left out whatever it could hold, in words; empty when it is not. A size that is named is taken."""
     if wanted:
         return "" if size.name in wanted else "not among the sizes asked for"
@@ -144,7 +173,7 @@ def checkpoint_bytes(fit: Fit) -> int:
     return trained * (n if sharded else 1) + parts.get("optimizer state", 0) * (n if state_sharded else 1)
 
 
-def _needs_disk(size: VmSku) -> bool:
+def needs_disk(size: VmSku) -> bool:
     """AKS puts the system disk on the machine's own temporary disk only where that is large enough."""
     return (size.temp_disk_gib or 0) < OS_DISK_GIB
 
@@ -171,47 +200,74 @@ class Placement(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the quota of a region leaves for GPU pools."""
+    """The quota of a region: vCPUs by family in lower case, of spot machines, of all others; None: not limited.
+
+    others: vCPUs by family that system nodes and developers' machines take of it
+    """
 
     family: dict[str, int]
     spot: int | None
     total: int | None
+    others: dict[str, int]
 
 
-def limits(intent: Intent, region: str, other_vcpus: int) -> Limits:
-    """The quota of a region, less what system nodes and developers' machines take of the total."""
-    quota = intent.quota.get(region, intent.quota.get("*", Quota()))
-    left = None if quota.total_vcpus is None else quota.total_vcpus - other_vcpus
-    return Limits({name.lower(): n for name, n in quota.family_vcpus.items()}, quota.spot_vcpus, left)
+def limits(quota: Mapping[str, Quota], region: str, others: dict[str, int]) -> Limits:
+    """The quota of a region, where none is stated that of `*`."""
+    found = quota.get(region, quota.get("*", Quota()))
+    return Limits(
+        {name.lower(): n for name, n in found.family_vcpus.items()}, found.spot_vcpus, found.total_vcpus, others
+    )
+
+
+def other_vcpus(intent: Intent) -> dict[str, int]:
+    """vCPUs by quota family of the system nodes, with one more while they are upgraded, and developers' machines."""
+    cluster = intent.cluster.resolved(intent.posture)
+    wanted: dict[str, int] = {}
+    for name, count in (
+        (cluster.system_sku, (cluster.system_nodes or 0) + 1),
+        (intent.developers.sku, intent.developers.count),
+    ):
+        size = cpu_size(name)
+        if count:
+            wanted[size.quota_family] = wanted.get(size.quota_family, 0) + size.vcpus * count
+    return wanted
 
 
 def choices(job: Job, index: int, sheet: PriceSheet, region: str, *, shared: bool) -> tuple[Choice, ...]:
     """Every way to run a job in a region that has a price, cheapest first; ties go to fewer machines, then by name.
 
-    usd = machines x (hours x overhead + idle hours) x (hourly price + disk), or machines x 730 h x hourly price for
-    commitments, with the disk by the hours used. shared: the committed part is counted by the pool, not here.
+    usd = machines x (hours x overhead + idle hours) x (hourly price + disk), or machines x 730 h x both for
+    commitments, whose machines stay. shared: jobs take turns, and commitments are counted by the pool, not here.
     """
-    disk = sheet.meter("disk-premium-p10", region)
-    disk_rate = Decimal(0) if disk is None else disk.tiers[-1].usd / MONTH_HOURS
     found = []
     for option in job.options:
         size = option.size
         for priority in job.intent.pricing.priorities(spot=job.workload.spot):
             if priority == "spot" and not size.spot_supported:
                 continue
-            rate = sheet.rate(size.name, region, priority)
+            rate = machine_rate(size, priority, sheet, region)
             if rate is None:
                 continue
-            factor = option.overhead.factor[1] if priority == "spot" else Decimal(1)
-            used = (job.hours * factor + job.idle_hours) * option.nodes
-            usd = used * disk_rate if option.os_disk else Decimal(0)
-            if priority not in COMMITTED:
-                usd += used * rate
-            elif not shared:
-                usd += option.nodes * MONTH_HOURS * rate
+            hours = job.billed_hours(priority, option.overhead)
+            paid_by_pool = shared and priority in COMMITTED
+            usd = Decimal(0) if paid_by_pool else option.nodes * hours * rate
             found.append(Choice(index, option, priority, usd, option.nodes * (size.vcpu or 0)))
     found.sort(key=lambda c: (c.usd, c.option.nodes, c.option.size.name, c.priority))
     return tuple(found)
+
+
+def machine_rate(size: VmSku, priority: Priority, sheet: PriceSheet, region: str) -> Decimal | None:
+    """USD of an hour of a machine with its system disk, where it needs one; None without a price."""
+    rate = sheet.rate(size.name, region, priority)
+    disk = sheet.meter("disk-premium-p10", region) if needs_disk(size) else None
+    return rate if rate is None or disk is None else rate + disk.tiers[-1].usd / MONTH_HOURS
+
+
+def pool_usd(pool: tuple[str, Priority], nodes: int, sheet: PriceSheet, region: str) -> Decimal:
+    """USD a month of a committed pool: machines x 730 h x (hourly price + disk)."""
+    rate = machine_rate(sku(pool[0]), pool[1], sheet, region)
+    assert rate is not None  # it was chosen for having one
+    return rate * MONTH_HOURS * nodes
 
 
 class Search:
@@ -240,12 +296,8 @@ class Search:
     def _bound(self, choice: Choice) -> Decimal:
         if not self.turns or choice.priority not in COMMITTED:
             return choice.usd
-        return choice.usd + self._commitment(choice.pool, choice.option.nodes) / len(self.tables)
-
-    def _commitment(self, pool: tuple[str, Priority], nodes: int) -> Decimal:
-        rate = self.sheet.rate(pool[0], self.region, pool[1])
-        assert rate is not None
-        return rate * MONTH_HOURS * nodes
+        whole = pool_usd(choice.pool, choice.option.nodes, self.sheet, self.region)
+        return choice.usd + whole / len(self.tables)
 
     def run(self) -> Placement | None:
         """The cheapest placement, None where a job has no choice or the quota allows none."""
@@ -275,7 +327,7 @@ class Search:
         if not self.turns:
             return Decimal(0)
         committed = {pool: nodes for pool, nodes in pool_nodes(chosen, turns=True).items() if pool[1] in COMMITTED}
-        return sum((self._commitment(pool, nodes) for pool, nodes in committed.items()), Decimal(0))
+        return sum((pool_usd(p, nodes, self.sheet, self.region) for p, nodes in committed.items()), Decimal(0))
 
     def allowed(self, chosen: Sequence[Choice]) -> bool:
         """Whether the quota holds these pools; more pools never need less, so a refusal is final."""
@@ -309,6 +361,8 @@ def wanted_vcpus(chosen: Sequence[Choice], *, turns: bool, fallback: bool) -> tu
 def exceeded(chosen: Sequence[Choice], limit: Limits, *, turns: bool, fallback: bool) -> str:
     """Which quota these pools break, in words; empty when none."""
     family, spot = wanted_vcpus(chosen, turns=turns, fallback=fallback)
+    for name, vcpus in limit.others.items():
+        family[name] = family.get(name, 0) + vcpus
     for name, vcpus in family.items():
         granted = limit.family.get(name.lower())
         if granted is not None and vcpus > granted:
@@ -317,7 +371,7 @@ def exceeded(chosen: Sequence[Choice], limit: Limits, *, turns: bool, fallback: 
         return f"needs {spot} spot vCPUs, and the quota is {limit.spot}"
     total = sum(family.values())
     if limit.total is not None and total > limit.total:
-        return f"needs {total} vCPUs of the region, and {max(limit.total, 0)} are left"
+        return f"needs {total} vCPUs of the region with the system nodes, and the quota is {limit.total}"
     return ""
 
 
@@ -332,8 +386,17 @@ def no_placement(jobs: Sequence[Job], tables: Sequence[Sequence[Choice]], sheet:
 
 
 def jobs_of(intent: Intent) -> tuple[Job, ...]:
-    """The intent's workloads, each with at least one size to run on. PlannerError (exit code 1) when one has none."""
+    """The intent's workloads, each with at least one size to run on. DoesNotFit when one has none.
+
+    PlannerError for workloads that take turns and together want more hours than a month has.
+    """
     jobs = tuple(Job(intent, workload) for workload in intent.workloads)
+    wanted = sum((job.hours for job in jobs), Decimal(0))
+    if intent.take_turns and len(jobs) > 1 and wanted > MONTH_HOURS:
+        raise PlannerError(
+            f"workloads that take turns want {wanted:.0f} hours of a month's 730: shorten a schedule, or let them run"
+            " at the same time (take_turns: false)"
+        )
     for job in jobs:
         if not job.options:
             raise DoesNotFit(job.refusal())

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from planner.catalog import load_model
-from planner.catalog.hardware import sku, skus
+from planner.catalog.hardware import quota_families, sku
 from planner.catalog.prices import Priority
 from planner.cost.cluster import Cluster, Developers, Posture, Storage
 from planner.cost.schedule import Schedule, parse_schedule
@@ -28,16 +30,41 @@ _NAME = r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$"
 
 
 def _tokens(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("a context is a number of tokens, such as 32768 or 32k")
     return parse_tokens(value) if isinstance(value, str) else value
 
 
-def _schedule(text: str) -> str:
-    return parse_schedule(text).text
+def _schedule(value: object) -> str:
+    """YAML reads `80` as a number, and hours are what it means."""
+    if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
+        raise ValueError("a schedule is always, hours a month such as 80h, or windows such as mon-fri 08:00-18:00")
+    return parse_schedule(str(value)).text
 
 
+def quota_family(name: str) -> str:
+    """A quota family as Azure writes it; case and blanks do not matter. Raises PlannerError for an unknown one."""
+    known = {plain_family(family): family for family in quota_families()}
+    found = known.get(plain_family(name))
+    if found is None:
+        near = difflib.get_close_matches(plain_family(name), known, n=2, cutoff=0.5)
+        hint = (
+            f"did you mean {' or '.join(known[n] for n in near)}?"
+            if near
+            else "`planner skus` lists them, at 120 columns"
+        )
+        raise PlannerError(f"{name[:80]!r} is not a quota family: {hint}")
+    return found
+
+
+def plain_family(name: str) -> str:
+    return name.replace(" ", "").replace("_", "").lower()
+
+
+Vcpus = Annotated[int, Field(ge=0, le=10**7)]
 Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=1, le=1 << 26)]
 ScheduleText = Annotated[str, BeforeValidator(_schedule)]
-Share = Annotated[Decimal, Field(ge=0, lt=1)]
+Share = Annotated[Decimal, Field(ge=0, lt=1, decimal_places=6)]
 Commitment = Literal["savings-plan-1y", "savings-plan-3y", "reserved-1y", "reserved-3y"]
 
 
@@ -107,9 +134,14 @@ class Pricing(Frozen):
 class Quota(Frozen):
     """vCPUs that the subscription has in a region. Families that are not named, and None, are not limited here."""
 
-    family_vcpus: dict[str, int] = Field(default_factory=dict)
-    spot_vcpus: int | None = Field(default=None, ge=0)
-    total_vcpus: int | None = Field(default=None, ge=0)
+    family_vcpus: dict[str, Vcpus] = Field(default_factory=dict)
+    spot_vcpus: Vcpus | None = None
+    total_vcpus: Vcpus | None = None
+
+    @field_validator("family_vcpus")
+    @classmethod
+    def _families(cls, limits: dict[str, int]) -> dict[str, int]:
+        return {quota_family(name): vcpus for name, vcpus in limits.items()}
 
 
 class Intent(Frozen):
@@ -136,9 +168,9 @@ class Intent(Frozen):
     cluster: Cluster = Cluster()
     storage: Storage = Storage()
     developers: Developers = Developers()
-    approved_usd_per_month: Decimal | None = Field(default=None, gt=0)
+    approved_usd_per_month: Decimal | None = Field(default=None, gt=0, le=10**9, decimal_places=2)
     buffer: Share = Decimal("0.20")
-    request_to: Decimal = Field(default=Decimal(10), gt=0)
+    request_to: Decimal = Field(default=Decimal(10), ge=Decimal("0.01"), le=10**6, decimal_places=2)
     owners: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("skus")
@@ -149,13 +181,7 @@ class Intent(Frozen):
     @field_validator("prefer_families")
     @classmethod
     def _families(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        known = {size.quota_family.lower(): size.quota_family for size in skus()}
-        unknown = [name for name in names if name.lower() not in known]
-        if unknown:
-            raise PlannerError(
-                f"{unknown[0]!r} is not a quota family of a GPU size: `planner skus` lists them at 120 columns or more"
-            )
-        return tuple(known[name.lower()] for name in names)
+        return tuple(quota_family(name) for name in names)
 
     @model_validator(mode="after")
     def _names_differ(self) -> Intent:
@@ -179,10 +205,25 @@ def parse_intent(data: object, what: str) -> Intent:
         # through JSON's types: YAML's floats would lose a Decimal's digits, and lists become tuples
         return Intent.model_validate(_plain(data))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
-        message = first["msg"].removeprefix("Value error, ")
-        raise PlannerError(f"{what}: {where} cannot be planned: {message[:1].lower()}{message[1:]}") from error
+        raise PlannerError(f"{what}: {first_fault(error)}") from error
+    except RecursionError:
+        raise PlannerError(f"{what} refers to itself: write each part out") from None
+
+
+def first_fault(error: ValidationError) -> str:
+    """`workloads.0.context cannot be planned: ...`, from the first thing that pydantic refuses."""
+    first = error.errors()[0]
+    # a union names the kind it took; a person wrote only the field
+    parts = [str(part) for part in first["loc"] if part not in ("serve", "finetune")]
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if first["type"] == "extra_forbidden":
+        return f"{'.'.join(parts)} is no field that is known there: check its spelling"
+    if first["type"] == "missing":
+        return f"{'.'.join(parts)} is missing: write it"
+    where = ".".join(parts) or "the whole"
+    if first["msg"].startswith("Input should be "):
+        return f"{where} cannot be planned: it should be {message}"
+    return f"{where} cannot be planned: {message[:1].lower()}{message[1:]}"
 
 
 def _plain(value: object) -> object:
@@ -207,13 +248,31 @@ def model_of(intent: Intent, workload: ServeWorkload | FinetuneWorkload) -> Mode
     return spec
 
 
+_OWNED = {
+    "serve": ("max_model_len", "concurrency"),
+    "finetune": ("seq_len", "method"),
+}
+
+
+def stated_gpus(workload: ServeWorkload | FinetuneWorkload) -> int | None:
+    """How many GPUs the settings of a server ask for; None leaves it to the plan."""
+    if isinstance(workload, FinetuneWorkload) or "tensor_parallel_size" not in workload.settings:
+        return None
+    settings = settings_of(workload)
+    assert isinstance(settings, ServingSettings)
+    return settings.tensor_parallel_size * settings.pipeline_parallel_size
+
+
 def settings_of(workload: ServeWorkload | FinetuneWorkload) -> Settings:
     """The memory model's settings of a workload. PlannerError names the setting that is wrong."""
+    owned = [name for name in _OWNED[workload.kind] if name in workload.settings]
+    if owned:
+        raise PlannerError(f"{workload.name}: {owned[0]} is a field of the workload itself: take it out of settings")
     try:
         if isinstance(workload, ServeWorkload):
             fields = workload.settings | {"max_model_len": workload.context, "concurrency": workload.concurrency}
             return ServingSettings(**fields)
-        offload = frozenset(cast("tuple[str, ...]", workload.settings.get("offload", ())))
+        offload = workload.settings.get("offload", ())
         fields = workload.settings | {"seq_len": workload.context, "method": workload.method, "offload": offload}
         return FinetuneSettings(**fields)
     except ValidationError as error:
@@ -266,6 +325,6 @@ def _from_options(options: Mapping[str, Any], context: int) -> dict[str, Any]:
 def _quota_option(text: str) -> tuple[str, int]:
     """`StandardNCADSA100v4Family=48` -> the family and its vCPUs."""
     name, found, vcpus = text.rpartition("=")
-    if not found or not name.strip() or not vcpus.strip().isdigit():
+    if not found or not name.strip() or not re.fullmatch("[0-9]{1,7}", vcpus.strip()):
         raise PlannerError(f"{text!r} is not a quota: write FAMILY=VCPUS, for example StandardNCADSA100v4Family=48")
     return name.strip(), int(vcpus)

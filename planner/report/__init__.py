@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shlex
+import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from planner.catalog import ModelEntry
 from planner.catalog.hardware import Gpu, VmSku, gpu_of
+from planner.errors import PlannerError
 from planner.fit import PRICED_IN, Remedy, Step
 from planner.size import ContextAnswer, SizeAnswer, TracedPeak
 from planner.units import format_gib, format_tokens, format_usd, gib_figure
@@ -73,23 +76,48 @@ def print_size(console: Console, answer: SizeAnswer, *, explain: bool = False) -
 def emit_size(answer: SizeAnswer, *, as_json: bool, as_csv: bool, explain: bool) -> None:
     """The answer on stdout, in the form asked for."""
     if as_json:
-        print(answer.model_dump_json(indent=2))
+        put(answer.model_dump_json(indent=2) + "\n")
     elif as_csv:
-        print(size_csv(answer), end="")
+        put(size_csv(answer))
     else:
         print_size(console(), answer, explain=explain)
 
 
+NARROWEST = 72  # below that, lines are left to the terminal to wrap: a cropped figure would be a wrong one
+
+
 def console() -> Console:
-    """A terminal as wide as it is; 80 columns where there is none."""
+    """A terminal as wide as it is, 80 columns where there is none; a reader who has seen enough ends the command."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    class Quiet(Console):
+        def on_broken_pipe(self) -> None:
+            leave_quietly()
+
+    found = Quiet(highlight=False)
+    return found if found.width >= NARROWEST else Quiet(highlight=False, width=NARROWEST)
+
+
+def put(text: str) -> None:
+    """Text on stdout as it is. Raises PlannerError where it cannot be written, and ends quietly where nobody reads."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        leave_quietly()
+    except OSError as error:
+        raise PlannerError(f"the output cannot be written ({error.strerror}): free space or write elsewhere") from error
+
+
+def leave_quietly() -> None:
+    """End with exit code 0 although nobody reads stdout any more; what its buffer holds goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
 
 
 def emit_models(entries: Sequence[ModelEntry], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps([e.model_dump(mode="json", exclude={"config"}) for e in entries], indent=2))
+        put(json.dumps([e.model_dump(mode="json", exclude={"config"}) for e in entries], indent=2) + "\n")
     else:
         terminal = console()
         terminal.print(models_table(entries, terminal.width))
@@ -101,7 +129,7 @@ def emit_skus(sizes: Sequence[VmSku], cards: Sequence[Gpu], *, as_json: bool) ->
             "sizes": [size.model_dump(mode="json") | {"plannable": size.plannable} for size in sizes],
             "gpus": [card.model_dump(mode="json") for card in cards],
         }
-        print(json.dumps(payload, indent=2))
+        put(json.dumps(payload, indent=2) + "\n")
         return
     terminal = console()
     terminal.print(skus_table(sizes, terminal.width))
@@ -111,7 +139,7 @@ def emit_skus(sizes: Sequence[VmSku], cards: Sequence[Gpu], *, as_json: bool) ->
 
 def emit_validation(validation: Validation, *, as_json: bool, summary: bool) -> None:
     if as_json:
-        print(json.dumps(validation_json(validation), indent=2))
+        put(json.dumps(validation_json(validation), indent=2) + "\n")
     else:
         print_validation(console(), validation, rows=not summary)
 

@@ -15,7 +15,7 @@ from planner.compare import Comparison
 from planner.cost.lines import PRIORITY_WORDS, Alternative, figure
 from planner.plan import Considered, Plan
 from planner.plan.beside import Beside
-from planner.report import WIDE, _escape, _table, console
+from planner.report import WIDE, _escape, _table, console, put
 from planner.units import format_gib, format_tokens, format_usd, money_figure
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ SHOWN = 5
 def emit_plan(plan: Plan, *, stack: str | None = None, as_json: bool, explain: bool) -> None:
     """The plan on stdout. stack: whose it is."""
     if as_json:
-        print(plan.model_dump_json(indent=2))
+        put(plan.model_dump_json(indent=2) + "\n")
     else:
         print_plan(console(), plan, stack=stack, explain=explain)
 
@@ -57,6 +57,7 @@ def print_plan(console: Console, plan: Plan, *, stack: str | None = None, explai
         table.add_row(str(ask.vcpus), ask.name, ask.reason)
     console.print(table)
     if explain:
+        _sources(console, plan)
         _alternatives(console, plan)
     for line in plan.lines:
         if not line.priced:
@@ -168,6 +169,16 @@ def _regions(plan: Plan, *, explain: bool) -> object:
     return table
 
 
+def _sources(console: Console, plan: Plan) -> None:
+    """Where the price behind each line comes from, and the day it was read."""
+    table = _table("Where each price comes from", [("line", "left"), ("as of", "name"), ("source", "left")])
+    for line in plan.lines:
+        if line.provenance is not None:
+            note = f"; estimate: {line.note or line.provenance.note}" if line.provenance.estimate else ""
+            table.add_row(line.label, str(line.provenance.as_of), _escape(line.provenance.source + note))
+    console.print(table)
+
+
 def _alternatives(console: Console, plan: Plan) -> None:
     for pool in plan.alternatives:
         title = f"{pool.sku.removeprefix('Standard_')} for {figure(pool.hours_per_month, 1)} hours a month, every way"
@@ -202,7 +213,7 @@ def alternatives_table(title: str, ways: Iterable[Alternative]) -> object:
 def emit_beside(rows: Sequence[Beside], *, as_json: bool) -> None:
     """Plans by context beside the reference choices, and why they differ."""
     if as_json:
-        print(json.dumps([row.model_dump(mode="json") for row in rows], indent=2))
+        put(json.dumps([row.model_dump(mode="json") for row in rows], indent=2) + "\n")
         return
     table = _table(
         "Cheapest GPU machines by context, beside the reference, USD a month",
@@ -242,7 +253,7 @@ def emit_prices(sheet: PriceSheet, rows: Sequence[Sequence[Offer]], *, title: st
                 for offer in row
             ],
         }
-        print(json.dumps(payload, indent=2))
+        put(json.dumps(payload, indent=2) + "\n")
         return
     terminal = console()
     found = [p for p in PRIORITIES if any(o.priority == p for row in rows for o in row)]
@@ -315,7 +326,7 @@ def emit_refresh(path: Path, done: Refreshed) -> None:
         table.add_row(
             change.what.removeprefix("Standard_"),
             change.region,
-            change.priority,
+            f"{change.priority}, whole term" if change.priority.startswith("reserved") else change.priority,
             "-" if change.old_usd is None else figure(change.old_usd),
             "-" if change.new_usd is None else figure(change.new_usd),
             "-" if change.change_pct is None else f"{change.change_pct:+.1f}",
@@ -336,7 +347,7 @@ def emit_refresh(path: Path, done: Refreshed) -> None:
 def emit_comparison(made: Comparison, *, as_json: bool) -> None:
     """Make or buy: the API's bill, each size's, the break-even, and the arithmetic."""
     if as_json:
-        print(made.model_dump_json(indent=2))
+        put(made.model_dump_json(indent=2) + "\n")
         return
     terminal = console()
     demand = made.demand
@@ -358,11 +369,11 @@ def emit_comparison(made: Comparison, *, as_json: bool) -> None:
             *([("number", "right"), ("all", "right"), ("a million", "right")] if known else []),
             ("even at", "right"),
             *([("tokens a second", "right")] if wide else []),
-            *([("load at even", "right")] if known and wide else []),
+            *([("machines at even", "right")] if known and wide else []),
         ],
     )
     for row in made.rows:
-        even = row.break_even_utilization
+        never = row.tokens_per_second is not None and row.break_even_machines is None
         table.add_row(
             row.size,
             _SHORT.get(row.priority, row.priority),
@@ -372,14 +383,13 @@ def emit_comparison(made: Comparison, *, as_json: bool) -> None:
                 if known
                 else ()
             ),
-            figure(row.break_even_tokens_per_day / 10**6, 2),
-            *([figure(row.break_even_tokens_per_second, 1)] if wide else []),
-            *(["-" if even is None else f"{even * 100:.0f} %" if even <= 1 else "never"] if known and wide else []),
+            "never" if never else figure(row.break_even_tokens_per_day / 10**6, 2),
+            *(["-" if never else figure(row.break_even_tokens_per_second, 1)] if wide else []),
+            *(["-" if row.break_even_machines is None else str(row.break_even_machines)] if known and wide else []),
         )
     terminal.print(table)
-    terminal.print(
-        "USD; even at: millions of tokens a day for which the API bills as much as one machine", highlight=False
-    )
+    many = "as the machines that can answer them" if known else "as one machine"
+    terminal.print(f"USD; even at: millions of tokens a day for which the API bills as much {many}", highlight=False)
     for line in (*made.arithmetic, f"even: {made.rows[0].arithmetic}"):
         terminal.print(_escape(line), highlight=False)
     for note in made.notes:

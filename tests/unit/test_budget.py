@@ -23,6 +23,7 @@ D = Decimal
 TODAY = date(2026, 11, 22)
 SHEET = load_sheet("2026-11")
 REFERENCE = load_sheet("2026-01-reference")
+A100 = "StandardNCADSA100v4Family"
 
 
 def published(name: str) -> Budget:
@@ -109,9 +110,9 @@ def test_what_if_rows_of_a_scenario_by_hand() -> None:
     assert rows["A second replica of every GPU machine"].difference == 207
     # one reservation in place of 207
     assert rows["The same GPU machine, reserved for a year"].total == 297 - 207 + 1850
-    longer = rows["Contexts twice as long (65,536 tokens)"]
-    assert longer.total is None
-    assert "40,960" in longer.note
+    # the model ends at 40,960 tokens, and the same A100 holds that
+    longer = rows["Contexts twice as long, or the model's longest (40,960 tokens)"]
+    assert (longer.difference, longer.note) == (0, "NC24ads_A100_v4 holds it")
 
 
 def test_an_unknown_scenario_is_refused_with_the_names() -> None:
@@ -176,8 +177,7 @@ def test_totals_are_the_sums_of_the_printed_lines(
     for value in printed:
         assert value is None or value % D(unit) == 0
     assert budget.requested % D(request_to) == 0
-    if up:
-        assert budget.requested >= budget.total
+    assert budget.requested >= budget.total
     assert abs(budget.requested - budget.total * (1 + D(buffer))) <= D(request_to)
     # the JSON twin says the same, digit by digit
     assert read_budget(budget.model_dump_json(), "twin") == budget
@@ -232,7 +232,7 @@ def test_what_ifs_are_planned_anew() -> None:
     rows = {row.change: row for row in plan_budget().what_ifs}
     assert list(rows) == [
         "No spot: every GPU machine on demand",
-        "Contexts twice as long",
+        "Contexts twice as long, or the model's longest (16,384 tokens)",
         "A second replica of each server",
         "Servers left running around the clock",
         "The same GPU machines, reserved for a year",
@@ -242,11 +242,46 @@ def test_what_ifs_are_planned_anew() -> None:
     assert dearer > 0
 
 
-def test_a_what_if_that_cannot_be_planned_says_why() -> None:
+def test_a_model_at_its_longest_context_has_no_longer_one() -> None:
     rows = plan_budget(workloads=[{"kind": "serve", "context": 40960, "schedule": "60h"}]).what_ifs
-    longer = next(row for row in rows if row.change == "Contexts twice as long")
-    assert longer.total is None
-    assert "beyond qwen3-8b's context" in longer.note
+    assert not any(row.change.startswith("Contexts") for row in rows)
+
+
+def test_a_what_if_that_cannot_be_planned_says_why() -> None:
+    workloads = [{"kind": "serve", "context": 8192, "schedule": "60h"}]
+    budget = plan_budget(workloads=workloads, skus=["NC24ads_A100_v4"], quota={"*": {"family_vcpus": {A100: 0}}})
+    without_spot = next(row for row in budget.what_ifs if row.change.startswith("No spot"))
+    assert without_spot.total is None
+    assert "no plan fits the intent" in without_spot.note
+
+
+def test_around_the_clock_nobody_takes_turns() -> None:
+    budget = plan_budget(take_turns=True)
+    row = next(row for row in budget.what_ifs if row.change == "Servers left running around the clock")
+    assert row.total is not None
+    assert row.total > budget.total
+
+
+def test_the_request_is_never_below_the_cost() -> None:
+    # 4.00 without a buffer would go down to 0 at the nearest 10
+    draft = Draft(name="x", title="x", subject="x", region="eastus", lines=(line_at(1, D(4)),), buffer=D(0))
+    budget = finish(draft, SHEET, Money(), TODAY)
+    assert (budget.total, budget.requested, budget.buffer_amount) == (4, 10, 6)
+
+
+def test_budgets_in_two_currencies_are_not_compared() -> None:
+    rate = SHEET.exchange_rate("EUR")
+    draft = Draft(name="x", title="x", subject="x", region="eastus", lines=(line_at(1, D(100)),), buffer=D(0))
+    euros = finish(draft, SHEET, Money(currency="EUR", rate=rate), TODAY)
+    with pytest.raises(PlannerError, match="is in EUR and this one in USD"):
+        finish(draft, SHEET, Money(), TODAY, euros)
+
+
+def test_another_region_is_the_reason_where_it_is() -> None:
+    budget = scenario_budget("dev-2k", SHEET, Money(), TODAY, "westeurope")
+    assert budget.variance is not None
+    notes = {change.key: change.note for change in budget.variance.changes}
+    assert notes["storage/blob"].startswith("another region: eastus, now westeurope; price from 0.018")
 
 
 def test_an_unpriced_line_makes_the_total_a_lower_bound_and_never_zero() -> None:
@@ -275,14 +310,19 @@ def test_commitment_advice_by_hand() -> None:
         return alternatives(SHEET, "Standard_NC24ads_A100_v4", "eastus", D(hours))
 
     # spot for 730 h is 495.5 and a reservation 1,752.75: never
-    assert "never below spot" in advice(ways(730), D(730))
+    assert "never below spot" in advice(ways(730), D(730), "spot")
+    # spot is no way where it is not allowed
+    assert "spot" not in advice(ways(730), D(730), "on-demand", spot_allowed=False)
+    # 730 x 3.673 - 1,752.75 = 928.54
+    committed = advice(ways(730), D(730), "reserved-1y")
+    assert committed.startswith("The budget already commits: reserved, 1 year. That saves 928.54 USD a month")
     without_spot = tuple(way for way in ways(730) if way.priority != "spot")
     # 730 x 3.673 = 2,681.29; - 1,752.75 = 928.54
-    assert "saves 928.54 USD a month" in advice(without_spot, D(730))
+    assert "saves 928.54 USD a month" in advice(without_spot, D(730), "on-demand")
     few = tuple(way for way in ways(100) if way.priority != "spot")
-    assert "pays from 477 hours: do not commit" in advice(few, D(100))
-    assert "get a quote first" in advice(few, D(100))
-    assert "No one-year price" in advice((), D(100))
+    assert "pays from 477 hours: do not commit" in advice(few, D(100), "on-demand")
+    assert "get a quote first" in advice(few, D(100), "on-demand")
+    assert "No one-year price" in advice((), D(100), "on-demand")
 
 
 # --------------------------------------------------------------------------------------------------------- variance
@@ -307,7 +347,10 @@ def test_variance_tells_a_price_from_a_quantity_from_a_new_line() -> None:
     assert notes["gpu/serve"] == "the same"
     differences = [change.difference for change in after.variance.changes]
     assert sum((d for d in differences if d is not None), D(0)) == after.total - before.total
-    assert {line.key for line in other.lines} - {line.key for line in before.lines} == {"people/developer-machines"}
+    assert {line.key for line in other.lines} - {line.key for line in before.lines} == {
+        "people/developer-machines",
+        "people/developer-disks",
+    }
 
 
 @pytest.mark.parametrize("text", ["", "nonsense", "{}", '{"schema_version": "tonnage.size/1"}', "[1]"])

@@ -47,9 +47,15 @@ def test_small_cards_serve_them_for_a_few_thousand() -> None:
     made = compared({"NC4as_T4_v3": D(300)}, demand(utilization="0.6"))
     row = made.rows[0]
     assert (row.size, row.machines) == ("NC4as_T4_v3", 11)
-    assert row.total_usd_per_month == D("4223.780") + made.cluster_usd_per_month
+    # and the cluster around them with the metrics and logs of 11 machines more: 8,030 h / 24 x 0.15 GB of logs x 2.76
+    # = 138.52, and 8,030 h x 1,900 series x 120 / 10^7 x 0.16 = 29.29
+    assert row.total_usd_per_month is not None
+    beside = row.total_usd_per_month - D("4223.780") - made.cluster_usd_per_month
+    assert float(beside) == pytest.approx(138.52 + 29.29, abs=0.1)
     assert 4_000 < row.total_usd_per_month < 5_000 < made.api_usd_per_month
-    assert row.usd_per_million == row.total_usd_per_month / 5000
+    assert row.pays
+    assert row.usd_per_million is not None
+    assert float(row.usd_per_million) == pytest.approx(float(row.total_usd_per_month) / 5000, rel=1e-4)
 
 
 def test_a_server_at_3500_breaks_even_with_five_dollars_a_million_near_23_million_tokens_a_day() -> None:
@@ -64,18 +70,30 @@ def test_a_server_at_3500_breaks_even_with_five_dollars_a_million_near_23_millio
 def test_the_break_even_counts_the_cluster_once() -> None:
     made = compared()
     row = next(row for row in made.rows if row.size == "NC24ads_A100_v4")
-    # (3.673 x 730 + cluster) / 10 a million / (730 / 24 days)
-    expected = (D("3.673") * 730 + made.cluster_usd_per_month) / 10 * 10**6 / (D(730) / 24)
-    assert row.break_even_tokens_per_day == pytest.approx(expected)
+    # (3.673 x 730 + its disk 19.71 + 730 h of logs 12.59 and metrics 2.66 + cluster) / 10 a million / (730 / 24 days)
+    own = D("3.673") * 730 + D("19.71") + D("12.59") + D("2.66")
+    expected = (own + made.cluster_usd_per_month) / 10 * 10**6 / (D(730) / 24)
+    assert float(row.break_even_tokens_per_day) == pytest.approx(float(expected), rel=1e-4)
     assert row.machines is None
     assert row.total_usd_per_month is None
 
 
-def test_a_load_that_one_machine_cannot_reach_never_pays() -> None:
+def test_a_machine_that_earns_less_than_it_costs_never_pays() -> None:
     made = compared({"NC24ads_A100_v4": D(1)})
     row = next(row for row in made.rows if row.size == "NC24ads_A100_v4")
-    assert row.break_even_utilization is not None
-    assert row.break_even_utilization > 1
+    assert row.break_even_machines is None
+    assert not row.pays
+
+
+def test_the_break_even_is_where_the_machines_can_answer_what_the_api_bills() -> None:
+    # T4 at 400 tokens a second, fully loaded, answers 400 x 2.628 = 1,051 million, 315.36 at 0.30, a month and costs
+    # 383.98 on demand, so never; on spot 108.90 and 15.25 of logs and metrics: with the cluster's 364.37 two are enough
+    wanted = demand(tokens="10e9", api="0.30", utilization="1")
+    made = compared({"": D(400)}, wanted, skus=["NC4as_T4_v3"], pricing={"spot": True})
+    rows = {row.priority: row for row in made.rows}
+    assert rows["on-demand"].break_even_machines is None
+    assert rows["spot"].break_even_machines == 2
+    assert rows["spot"].pays
 
 
 def test_without_a_speed_the_comparison_says_what_is_missing() -> None:
@@ -135,6 +153,14 @@ def test_a_demand_that_cannot_be_is_refused_by_its_option(fields: dict[str, str]
 def test_an_api_that_costs_nothing_is_refused() -> None:
     with pytest.raises(PlannerError, match="costs nothing"):
         demand(api="0,1", share="1")
+
+
+@pytest.mark.parametrize("text", ["1e30", "-5", "nan", "1e-5000", "1e999999999"])
+def test_a_number_beyond_all_sense_is_refused(text: str) -> None:
+    with pytest.raises(PlannerError):
+        demand(tokens=text)
+    with pytest.raises(PlannerError):
+        parse_usd(text)
 
 
 @pytest.mark.parametrize("text", ["NC24ads_A100_v4=0", "NC24ads_A100_v4=fast", "NC999=100"])

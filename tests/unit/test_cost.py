@@ -72,13 +72,25 @@ def test_sunday_night_wraps_into_monday() -> None:
     assert parse_schedule("sun 23:00-01:00; mon 00:00-01:00").week_minutes == 120
 
 
-def test_a_month_of_720_hours_shortens_what_follows_the_week() -> None:
-    assert parse_schedule("always").hours_per_month(D(720)) == 720
-    assert parse_schedule("80h").hours_per_month(D(720)) == 80
+@pytest.mark.parametrize(
+    ("text", "starts_a_week"),
+    [
+        ("always", 0),
+        ("0h", 0),
+        ("80h", 5),
+        ("mon-fri 08:00-18:00", 5),
+        ("mon 08:00-12:00; mon 12:00-18:00", 1),  # one runs into the other
+        ("mon-fri 00:00-24:00", 1),
+        ("mon-sun 00:00-24:00", 0),  # never off
+        ("sun 23:00-01:00; mon 00:00-02:00", 1),
+    ],
+)
+def test_a_schedule_starts_where_no_other_window_runs_into_it(text: str, starts_a_week: int) -> None:
+    assert parse_schedule(text).starts_per_month == D(730) / 168 * starts_a_week
 
 
 @pytest.mark.parametrize(
-    "text", ["", "often", "80 days", "-5h", "mon 8-18", "xyz 08:00-18:00", "mon 25:00-26:00", "mon 08:70-09:00", "745h"]
+    "text", ["", "often", "80 days", "-5h", "mon 8-18", "xyz 08:00-18:00", "mon 25:00-26:00", "mon 08:70-09:00", "731h"]
 )
 def test_what_is_not_a_schedule_is_refused_in_one_sentence(text: str) -> None:
     with pytest.raises(PlannerError) as refusal:
@@ -169,11 +181,25 @@ RISK = SpotRisk(evictions_per_hour=(D(0), D("0.05"), D("0.2")), restart_hours=(D
 
 
 def test_training_overhead_rises_from_low_to_high() -> None:
-    overhead = training_overhead(RISK, 0.01)
+    overhead = training_overhead(RISK, (0.01, 0.01, 0.01))
     low, expected, high = overhead.factor
     assert 1 <= low < expected < high
     # Young's interval: sqrt(2 x 0.01 x 19.4957) = 0.6244; Daly's is a little off it
     assert float(overhead.interval_hours or 0) == pytest.approx(0.6244, rel=0.02)
+
+
+def test_a_slower_checkpoint_shows_in_the_high_figure() -> None:
+    same = training_overhead(RISK, (0.01, 0.01, 0.01)).factor
+    slower = training_overhead(RISK, (0.01, 0.01, 0.05)).factor
+    assert slower[:2] == same[:2]
+    assert slower[2] > same[2]
+
+
+def test_evictions_that_are_only_feared_still_have_an_interval() -> None:
+    risk = SpotRisk(evictions_per_hour=(D(0), D(0), D("0.05")), restart_hours=(D(0), D(0), D("0.25")))
+    overhead = training_overhead(risk, (0.01, 0.01, 0.01))
+    assert overhead.interval_hours is not None
+    assert overhead.factor[2] > overhead.factor[1] > 1
 
 
 def test_a_server_is_away_while_it_restarts_and_its_bill_stays_the_same() -> None:
@@ -226,7 +252,7 @@ def test_a_price_that_is_missing_is_not_zero() -> None:
 
 
 def test_evictions_stretch_spot_alone() -> None:
-    overhead = training_overhead(RISK, 0.01)
+    overhead = training_overhead(RISK, (0.01, 0.01, 0.01))
     spot = vm_line(SHEET, **VM, priority="spot", count=1, hours=D(100), overhead=overhead)  # type: ignore[arg-type]
     on_demand = vm_line(SHEET, **VM, priority="on-demand", count=1, hours=D(100), overhead=overhead)  # type: ignore[arg-type]
     assert spot.usd == D("0.67877") * 100 * overhead.factor[1]
@@ -313,13 +339,26 @@ def test_system_nodes_run_all_month() -> None:
 
 
 def test_soft_deleted_checkpoints_are_billed_while_they_linger() -> None:
-    # 100 checkpoints of 1 GB a month, 2 kept: 98 deleted x 7 days / 30 = 22.8667 GB at 0.0184 = 0.42075
+    # 100 checkpoints of 1 GB a month, 2 kept: 98 deleted x 7 days / 30.4167 = 22.5534 GB at 0.0184 = 0.41498
     kept = Kept(checkpoint_bytes=1 << 30, checkpoints_written=D(100))
     lines = cluster("dev", kept=kept)
-    assert round(lines["storage/soft-deleted"].quantity, 4) == D("22.8667")
-    assert round(lines["storage/soft-deleted"].usd or 0, 5) == D("0.42075")
+    assert round(lines["storage/soft-deleted"].quantity, 4) == D("22.5534")
+    assert round(lines["storage/soft-deleted"].usd or 0, 5) == D("0.41498")
     # the two that are kept: 2 GB x 0.0184
     assert lines["storage/checkpoints"].usd == D("0.0368")
+
+
+def test_what_is_kept_longer_than_a_month_piles_up() -> None:
+    # 98 a month x 365 days / 30.4167 = 1,176 of them at a time
+    kept = Kept(checkpoint_bytes=1 << 30, checkpoints_written=D(100))
+    lines = cluster("dev", kept=kept, storage=Storage(soft_delete_days=365))
+    assert round(lines["storage/soft-deleted"].quantity, 4) == 1176
+
+
+def test_each_kind_of_data_lies_in_the_tier_that_is_asked_for() -> None:
+    # 10 GB of data cool at 0.01 in eastus2
+    lines = cluster("dev", storage=Storage(datasets_tier="cool"))
+    assert lines["storage/datasets"].usd == D("0.1")
 
 
 def test_no_soft_delete_means_no_line() -> None:

@@ -81,7 +81,11 @@ def test_a_plan_above_the_approved_amount_is_printed_and_ends_with_exit_code_1()
         (("plan",), "give --stack, or --model and --ctx"),
         (("plan", "--model", "qwen3-8b"), "give --stack, or --model and --ctx"),
         (("plan", "--stack", "no-such"), "choose one of dev-2k"),
-        (("plan", "--stack", "dev-2k", "--model", "qwen3-8b"), "--stack holds model and context already"),
+        (("plan", "--stack", "dev-2k", "--no-spot"), "drop --spot"),
+        ((*PLAN, "--quota", "F=\u00b2"), "is not a quota"),
+        ((*PLAN, "--prices", "~nosuchuser/x"), "is not a price sheet"),
+        ((*PLAN, "--prices", "x" * 5000), "is not a price sheet"),
+        (("plan", "--stack", "dev-2k", "--model", "qwen3-8b"), "the intent of stack dev-2k decides that: drop --model"),
         ((*PLAN, "--region", "atlantis"), "not a region in the price sheet"),
         ((*PLAN, "--quota", "nonsense"), "is not a quota"),
         ((*PLAN, "--commitment", "for-ever"), "commitments"),
@@ -94,6 +98,32 @@ def test_a_plan_above_the_approved_amount_is_printed_and_ends_with_exit_code_1()
 )
 def test_a_plan_that_cannot_be_is_refused_in_one_sentence(argv: tuple[str, ...], words: str) -> None:
     assert words in refused(*argv)
+
+
+def test_several_contexts_are_checked_like_one() -> None:
+    several = ("plan", "--model", "qwen3-8b", "--ctx", "2k,4k")
+    assert "max-price-age" in refused(*several, "--max-price-age", "1")
+    outcome = golden.run((*several, "--approved", "1"))
+    assert outcome.exit_code == 1
+    assert "157 days old" in outcome.stderr
+
+
+@pytest.mark.parametrize("argv", [("plan", "--stack", "dev-32k"), ("prices",), (*PLAN, "--json")])
+def test_a_reader_who_has_seen_enough_is_no_failure(argv: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "planner", *argv]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+        assert running.stdout is not None
+        running.stdout.close()
+        assert running.wait() == 0
+
+
+def test_a_full_disk_is_one_sentence() -> None:
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        command = [sys.executable, "-m", "planner", "prices"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("planner: the output cannot be written")
+    assert done.stderr.count("\n") == 1
 
 
 def test_what_no_size_holds_ends_with_exit_code_1() -> None:
@@ -267,6 +297,32 @@ def test_a_broken_sheet_in_the_cache_is_named_and_a_refresh_replaces_it(server: 
     outcome = golden.run(("prices", "refresh", "--endpoint", server.url))
     assert outcome.exit_code == 0, outcome.stderr
     assert golden.run(SCENARIO).exit_code == 0
+
+
+def test_an_older_refreshed_sheet_gives_way_to_a_newer_bundled_one(tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "prices"
+    folder.mkdir(parents=True)
+    old = (ROOT / "planner" / "catalog" / "prices" / "2026-01-reference.json").read_text(encoding="utf-8")
+    (folder / "2026-05-01.json").write_text(old, encoding="utf-8")
+    assert load_sheet().name == "2026-11"
+
+
+@pytest.mark.parametrize("epoch", ["soon", "99999999999999", "-1"])
+def test_a_clock_that_is_set_to_nonsense_is_refused(epoch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    assert "SOURCE_DATE_EPOCH" in refused(*SCENARIO)
+
+
+def test_a_link_and_a_device_stay_what_they_are(tmp_path: Path) -> None:
+    target = tmp_path / "there.md"
+    target.write_text("old", encoding="utf-8")
+    link = tmp_path / "link.md"
+    link.symlink_to(target)
+    assert golden.run((*SCENARIO, "-o", str(link))).exit_code == 0
+    assert link.is_symlink()
+    assert target.read_text(encoding="utf-8").startswith("# ")
+    assert golden.run((*SCENARIO, "-o", "/dev/null", "--format", "md")).exit_code == 0
+    assert Path("/dev/null").is_char_device()
 
 
 def test_a_file_that_a_refresh_left_unfinished_is_not_read(tmp_path: Path) -> None:

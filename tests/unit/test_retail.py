@@ -435,9 +435,18 @@ def test_an_ambiguous_price_keeps_the_base_sheet_s_with_a_warning(server: Retail
 def test_an_edge_zone_is_left_out_with_a_warning_and_taken_when_it_is_named(server: RetailServer) -> None:
     refreshed = refresh(server)
     assert "attdetroit1" not in new_sheet(refreshed).regions
-    assert any(w.endswith("name them to have them: attdetroit1") for w in refreshed.warnings)
+    assert any(w.endswith("were left out: attdetroit1") for w in refreshed.warnings)
     refreshed = refresh(server, regions=("attdetroit1",))
     assert new_sheet(refreshed).rate(A100, "attdetroit1", "on-demand") == Decimal("4.2")
+
+
+def test_an_old_spot_price_above_todays_on_demand_goes() -> None:
+    dear = dict(BASE, offers=[[A100, "eastus", "on-demand", "9", "map"], [A100, "eastus", "spot", "8", "map"]])
+    base = parse_sheet(json.dumps(dear).encode(), "base")
+    with RetailServer([row(3.673)]) as server:
+        new = new_sheet(refresh(server, base=base))
+    assert new.rate(A100, "eastus", "on-demand") == Decimal("3.673")
+    assert new.rate(A100, "eastus", "spot") is None
 
 
 def test_only_the_regions_that_are_named_are_refreshed(server: RetailServer) -> None:

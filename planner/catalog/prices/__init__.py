@@ -10,7 +10,8 @@ import difflib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal, InvalidOperation
 from functools import cache
@@ -122,7 +123,7 @@ class SheetFile(Frozen):
     """
 
     schema_version: Literal["tonnage.prices/1"]
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     currency: Literal["USD"]
     description: str = ""
     sources: dict[str, Provenance] = Field(min_length=1)
@@ -162,6 +163,10 @@ class PriceSheet:
                 raise ValueError(f"{sku!r} in {region} has two prices {priority}")
             by_priority[priority] = listed
         self.regions = tuple(sorted({region for by_region in self._by_sku.values() for region in by_region}))
+        for sku, by_region in self._by_sku.items():
+            for region, found in by_region.items():
+                if "spot" in found and "on-demand" in found and found["spot"].usd > found["on-demand"].usd:
+                    raise ValueError(f"spot costs more than on demand for {sku!r} in {region}")
         self._meters: dict[tuple[str, str], Meter] = {}
         for record in content.meters:
             meter = _meter(record, self.sources)
@@ -215,7 +220,7 @@ class PriceSheet:
         if plain in self.regions:
             return plain
         near = difflib.get_close_matches(plain, self.regions, n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`planner prices` lists the regions that have prices"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(self.regions)}"
         raise PlannerError(f"{name!r} is not a region in the price sheet {self.name}: {hint}")
 
     def exchange_rate(self, currency: str) -> ExchangeRate | None:
@@ -226,13 +231,15 @@ class PriceSheet:
         if wanted not in self.exchange_rates:
             known = ", ".join([self.currency, *sorted(self.exchange_rates)])
             raise PlannerError(
-                f"{currency!r} has no exchange rate in the price sheet {self.name}: use {known}, or run"
-                f" `planner prices refresh --currency {wanted[:3]}`"
+                f"{currency[:20]!r} has no exchange rate in the price sheet {self.name}: use {known}, or read another"
+                " with `planner prices refresh --currency`"
             )
         return self.exchange_rates[wanted]
 
 
 def _positive(text: str, what: str) -> Decimal:
+    if not text.isascii():
+        raise ValueError(f"{text!r}, the price of {what}, is not a number")
     try:
         value = Decimal(text)
     except InvalidOperation:
@@ -269,7 +276,7 @@ def _amount(text: str, what: str) -> Decimal:
         value = Decimal(text)
     except InvalidOperation:
         raise ValueError(f"{text!r}, a tier of {what!r}, is not a number") from None
-    if not 0 <= value < MOST_USD:
+    if not value.is_finite() or not 0 <= value < MOST_USD:
         raise ValueError(f"{text}, a tier of {what!r}, is not an amount")
     return value
 
@@ -287,29 +294,34 @@ def cache_folder() -> Path:
 
 def cached_sheets() -> tuple[Path, ...]:
     """The refreshed sheets in the cache, oldest first; files that a refresh left unfinished are not among them."""
-    folder = cache_folder()
-    return tuple(sorted(path for path in folder.glob("????-??-??*.json"))) if folder.is_dir() else ()
+    try:
+        return tuple(sorted(path for path in cache_folder().glob("????-??-??.json") if path.is_file()))
+    except OSError:  # a folder that cannot be is one without sheets
+        return ()
 
 
 def load_sheet(name: str | None = None) -> PriceSheet:
-    """A price sheet: a bundled name, a refreshed one's name, a file, or (None) the newest refreshed, else the default.
+    """A price sheet: a bundled name, a refreshed one's name, a file, or (None) the newer of the last refreshed and the
+    bundled one.
 
     Raises PlannerError in one sentence for a sheet that is not there, cannot be read or is malformed.
     """
+    bundled = _bundled(DEFAULT)
     if name is None:
-        cached = cached_sheets()
-        return _read(cached[-1]) if cached else _bundled(DEFAULT)
+        cached = [_read(path) for path in cached_sheets()[-1:]]
+        return max([bundled, *cached], key=lambda sheet: sheet.as_of)
     name = name.strip()
     if name in BUNDLED:
         return _bundled(name)
-    path = Path(name).expanduser()
-    if not path.is_file():
-        in_cache = cache_folder() / f"{name}.json"
-        if name and Path(name).name == name and in_cache.is_file():
-            return _read(in_cache)
+    path = next((path for path in cached_sheets() if path.stem == name), Path(name))
+    try:
+        found = path.expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):  # too long, no such home, a byte that no path has
+        found = False
+    if not found:
         known = ", ".join([*BUNDLED, *(p.stem for p in cached_sheets())])
         raise PlannerError(f"{name[:100]!r} is not a price sheet: name a file or one of {known}")
-    return _read(path)
+    return _read(path.expanduser())
 
 
 @cache
@@ -360,9 +372,8 @@ def sheet_text(content: SheetFile) -> str:
 def today() -> date:
     """The day it is in UTC; SOURCE_DATE_EPOCH replaces it, for output that can be reproduced."""
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
-    return datetime.fromtimestamp(int(epoch), UTC).date() if epoch.isdigit() else datetime.now(UTC).date()
-
-
-def age_days(provenances: Iterable[Provenance], day: date) -> int:
-    """Days since the oldest of those figures was read; 0 where there are none."""
-    return max((max((day - p.as_of).days, 0) for p in provenances), default=0)
+    if not epoch:
+        return datetime.now(UTC).date()
+    if not re.fullmatch("[0-9]{1,11}", epoch):
+        raise PlannerError(f"SOURCE_DATE_EPOCH is {epoch[:40]!r}: write seconds since 1970, or leave it unset")
+    return datetime.fromtimestamp(int(epoch), UTC).date()

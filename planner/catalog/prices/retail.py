@@ -147,7 +147,7 @@ def fetch(
         warnings.append(f"the price list has none of these sizes in {', '.join(sorted(unknown))}")
     if elsewhere and not regions:
         names = ", ".join(sorted(elsewhere))
-        warnings.append(f"regions that {base.name} lacks were left out, name them to have them: {names}")
+        warnings.append(f"regions that {base.name} has no prices of were left out: {names}")
     rate = {currency: _rate(prices, abroad, currency)} if abroad_first else {}
     content, carried = _laid_over(base, prices, tables, rate, day)
     new = parse_sheet(sheet_text(content).encode(), f"the price list of {day}")
@@ -211,6 +211,11 @@ def _laid_over(
     offers = {key: (usd, now) for key, usd in prices.items()}
     for offer in (offer for sku in base.skus() for offer in base.offers(sku)):
         offers.setdefault((offer.sku, offer.region, offer.priority), (offer.usd, offer.provenance))
+    for sku, region, _ in [key for key in offers if key[2] == "spot" and key not in prices]:
+        listed_now = offers.get((sku, region, "on-demand"))
+        # an old spot price above today's on demand says nothing any more
+        if listed_now is not None and offers[sku, region, "spot"][0] > listed_now[0]:
+            del offers[sku, region, "spot"]
     meters = {key: (*table, now) for key, table in tables.items()}
     listed: dict[str, set[str]] = defaultdict(set)
     for name, region in tables:
