@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import golden
 import pytest
 from typer.testing import CliRunner
 
@@ -25,17 +24,6 @@ MEASURED = ROOT / "tests" / "measured"
 SIZE = ("size", "--model", "qwen3-8b", "--ctx", "8k")
 
 
-def _load(path: Path) -> ModuleType:
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[path.stem] = module
-    found.loader.exec_module(module)
-    return module
-
-
-golden = _load(ROOT / "scripts" / "golden.py")
 GOLDENS = tuple(golden.goldens())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import json
 import os
@@ -12,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
-from types import ModuleType
 
+import golden
 import pytest
 from retail_server import GOOD, RetailServer
 
@@ -26,19 +25,6 @@ PLAN = ("plan", "--model", "qwen3-8b", "--ctx", "8k", "--serve-hours", "60h")
 SCENARIO = ("budget", "--scenario", "dev-32k")
 DAY = 86_400
 TODAY = 1_795_305_600  # 2026-11-22
-
-
-def _load(path: Path) -> ModuleType:
-    found = importlib.util.spec_from_file_location(path.stem, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules[path.stem] = module
-    found.loader.exec_module(module)
-    return module
-
-
-golden = _load(ROOT / "scripts" / "golden.py")
 
 
 @pytest.fixture(autouse=True)
