@@ -158,6 +158,14 @@ def trickle(handler: Handler) -> None:
             handler.wfile.write(b" ")
 
 
+def trickling_header(handler: Handler) -> None:
+    """A header that goes on for ever, a byte at a time, each in good time."""
+    with contextlib.suppress(ConnectionError):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+        while not handler.server.retail.stopped.wait(0.01):
+            handler.wfile.write(b"x")
+
+
 def endless(handler: Handler) -> None:
     """More and more, as fast as the client takes it."""
     handler.send_response(200)

@@ -689,6 +689,7 @@ def test_a_client_that_would_follow_redirects_does_not(server: RetailServer) -> 
     [
         (api.hang, "does not answer in time"),
         (api.trickle, "is not done after 0.2 s"),
+        (api.trickling_header, "is not done after 0.2 s"),
         (api.cut_short, "cannot be read (RemoteProtocolError)"),
         (api.body(b""), "no JSON that can be read"),
         (api.body(b"<html>gateway</html>"), "no JSON that can be read"),
@@ -718,7 +719,7 @@ def test_an_answer_that_is_no_price_list_is_refused_in_one_sentence(
     server: RetailServer, fault: api.Fault, says: str
 ) -> None:
     server.faults = [None, fault]
-    text = refusal(server, timeouts=HASTY if fault in (api.hang, api.trickle) else None)
+    text = refusal(server, timeouts=HASTY if fault in (api.hang, api.trickle, api.trickling_header) else None)
     assert says in text
     assert f"/api/retail/prices ({H200})" in text
     assert text.endswith("the price sheet in use stays as it is")

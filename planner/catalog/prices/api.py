@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -95,6 +96,10 @@ class Api:
         limits, body = self._timeouts, bytearray()
         deadline = time.monotonic() + limits.whole_s
         self.requests += 1
+        # the read timeout ends a silent server; only this, a little later, ends one that trickles its header
+        late = threading.Timer(limits.whole_s + limits.read_s, self._client.close)
+        late.daemon = True
+        late.start()
         try:
             timeout = httpx.Timeout(limits.read_s, connect=limits.connect_s)
             with self._client.stream("GET", url, follow_redirects=False, timeout=timeout) as response:
@@ -107,8 +112,14 @@ class Api:
                 return response.status_code, response.headers.get("retry-after", ""), bytes(body)
         except httpx.TimeoutException as error:
             raise _refusal(where, "does not answer in time: try again later") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError, ValueError) as error:
+            if time.monotonic() >= deadline:  # closed under the request's feet
+                raise _refusal(where, f"is not done after {limits.whole_s:g} s: try again later") from error
+            if not isinstance(error, httpx.HTTPError | httpx.InvalidURL):
+                raise
             raise _refusal(where, f"cannot be read ({type(error).__name__}): check the network and proxy") from error
+        finally:
+            late.cancel()
 
 
 def own_client() -> httpx.Client:
