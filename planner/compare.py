@@ -14,7 +14,7 @@ from planner.catalog.prices import PriceSheet, Priority, Provenance
 from planner.cost.lines import alternatives, figure, tidy
 from planner.cost.schedule import MONTH_HOURS
 from planner.errors import PlannerError
-from planner.model import Frozen
+from planner.model import Amount, Frozen
 from planner.plan import Intent, Plan, cluster_usd
 from planner.plan.choices import Job
 from planner.units import format_usd
@@ -31,11 +31,11 @@ class Demand(Frozen):
     utilization: mean load / what the machines could do
     """
 
-    tokens_per_month: Decimal = Field(ge=1, le=10**18)
-    input_share: Decimal = Field(default=Decimal("0.75"), ge=0, le=1)
-    api_input_usd: Decimal = Field(ge=0, le=10**6)
-    api_output_usd: Decimal = Field(ge=0, le=10**6)
-    utilization: Decimal = Field(default=Decimal("0.5"), ge=Decimal("0.001"), le=1)
+    tokens_per_month: Amount = Field(ge=1, le=10**18)
+    input_share: Amount = Field(default=Decimal("0.75"), ge=0, le=1)
+    api_input_usd: Amount = Field(ge=0, le=10**6)
+    api_output_usd: Amount = Field(ge=0, le=10**6)
+    utilization: Amount = Field(default=Decimal("0.5"), ge=Decimal("0.001"), le=1)
 
     @model_validator(mode="after")
     def _costs_something(self) -> Demand:
@@ -71,15 +71,15 @@ class SelfHosted(Frozen):
 
     size: str
     priority: Priority | Literal["stated"]
-    usd_per_month: Decimal
-    tokens_per_second: Decimal | None
+    usd_per_month: Amount
+    tokens_per_second: Amount | None
     machines: int | None
-    total_usd_per_month: Decimal | None
-    usd_per_million: Decimal | None
+    total_usd_per_month: Amount | None
+    usd_per_million: Amount | None
     pays: bool | None
     break_even_machines: int | None
-    break_even_tokens_per_day: Decimal
-    break_even_tokens_per_second: Decimal
+    break_even_tokens_per_day: Amount | None
+    break_even_tokens_per_second: Amount | None
     arithmetic: str
     provenance: Provenance | None = None
 
@@ -89,10 +89,10 @@ class Comparison(Frozen):
 
     schema_version: Literal["tonnage.compare/1"] = "tonnage.compare/1"
     demand: Demand
-    api_usd_per_million: Decimal
-    api_usd_per_month: Decimal
+    api_usd_per_million: Amount
+    api_usd_per_month: Amount
     region: str
-    cluster_usd_per_month: Decimal
+    cluster_usd_per_month: Amount
     rows: tuple[SelfHosted, ...]
     arithmetic: tuple[str, ...]
     notes: tuple[str, ...]
@@ -228,9 +228,12 @@ def _row(
     total = None if machines is None else cost(machines)
     many = f"{counted_machines} x " if counted_machines > 1 else ""
     text = (
-        f"({many}{format_usd(usd)} + {format_usd(around(counted_machines))}) / {format_usd(price)} a million /"
+        f"({many}{format_usd(usd)} + {format_usd(around(counted_machines))}) / ${figure(price)} a million /"
         f" {figure(MONTH_DAYS, 2)} days = {figure(per_day / MILLION, 2)} million tokens a day"
     )
+    if fewest is None:
+        one = format_usd(cost(2) - cost(1))
+        text = f"never: a machine at {one} a month costs more than the API bills for what it answers"
     return SelfHosted(
         size=size,
         priority=priority,
@@ -241,8 +244,8 @@ def _row(
         usd_per_million=None if total is None else tidy(total / demand.tokens_per_month * MILLION, 6),
         pays=None if total is None else total < demand.api_usd_per_month,
         break_even_machines=None if speed is None else fewest,
-        break_even_tokens_per_day=tidy(per_day, 0),
-        break_even_tokens_per_second=tidy(per_second, 3),
+        break_even_tokens_per_day=None if fewest is None else tidy(per_day, 0),
+        break_even_tokens_per_second=None if fewest is None else tidy(per_second, 3),
         arithmetic=text,
         provenance=provenance,
     )
@@ -269,9 +272,9 @@ def _comparison(
     price, share = demand.api_usd_per_million, demand.input_share
     mean = demand.tokens_per_month / MONTH_SECONDS
     arithmetic = [
-        f"API: {figure(share, 4)} x {format_usd(demand.api_input_usd)} + {figure(1 - share, 4)} x"
-        f" {format_usd(demand.api_output_usd)} = {format_usd(price)} a million tokens",
-        f"API: {figure(demand.tokens_per_month / MILLION, 3)} million tokens x {format_usd(price)} ="
+        f"API: {figure(share, 4)} x ${figure(demand.api_input_usd)} + {figure(1 - share, 4)} x"
+        f" ${figure(demand.api_output_usd)} = ${figure(price)} a million tokens",
+        f"API: {figure(demand.tokens_per_month / MILLION, 3)} million tokens x ${figure(price)} ="
         f" {format_usd(demand.api_usd_per_month)} a month",
         f"load: {figure(demand.tokens_per_month / MILLION, 3)} million tokens / {figure(MONTH_SECONDS)} s ="
         f" {figure(mean, 1)} tokens a second on average",

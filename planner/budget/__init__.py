@@ -16,7 +16,7 @@ from planner.catalog.prices import COMMITTED, ExchangeRate, PriceSheet, Priority
 from planner.cost.lines import PRIORITY_WORDS, Alternative, Group, Line, counted, figure, tidy
 from planner.errors import PlannerError
 from planner.fit import Step
-from planner.model import Frozen
+from planner.model import Amount, Frozen
 from planner.plan import PricesUsed, prices_used
 from planner.units import CENT, money_figure, round_money
 
@@ -35,13 +35,13 @@ class BudgetLine(Frozen):
     group: Group
     label: str
     basis: str
-    quantity: Decimal
+    quantity: Amount
     unit: str
-    unit_price: Decimal | None
-    low: Decimal | None
-    amount: Decimal | None
-    high: Decimal | None
-    idle: Decimal
+    unit_price: Amount | None
+    low: Amount | None
+    amount: Amount | None
+    high: Amount | None
+    idle: Amount
     formula: str
     source: str
     as_of: date | None
@@ -66,8 +66,8 @@ class WhatIf(Frozen):
     """The month's total if something were otherwise; None: it cannot be said, and why."""
 
     change: str
-    total: Decimal | None
-    difference: Decimal | None
+    total: Amount | None
+    difference: Amount | None
     note: str
 
 
@@ -76,7 +76,7 @@ class Commitment(Frozen):
 
     machine: str
     sku: str
-    hours_per_month: Decimal
+    hours_per_month: Amount
     ways: tuple[Alternative, ...]
     advice: str
 
@@ -86,9 +86,9 @@ class Change(Frozen):
 
     key: str
     label: str
-    before: Decimal | None
-    after: Decimal | None
-    difference: Decimal | None
+    before: Amount | None
+    after: Amount | None
+    difference: Amount | None
     note: str
 
 
@@ -96,8 +96,8 @@ class Variance(Frozen):
     """Against an earlier budget: what it was, line by line, and both totals."""
 
     against: str
-    before_total: Decimal
-    after_total: Decimal
+    before_total: Amount
+    after_total: Amount
     changes: tuple[Change, ...]
 
 
@@ -122,8 +122,8 @@ class MemoryCurve(Frozen):
 class Rounding(Frozen):
     """How amounts are rounded: each line to round_to; the request to the nearest (or the next) request_to."""
 
-    round_to: Decimal
-    request_to: Decimal
+    round_to: Amount
+    request_to: Amount
     request_up: bool
 
 
@@ -142,18 +142,18 @@ class Budget(Frozen):
     region: str
     generated: date
     currency: str
-    per_usd: Decimal | None
+    per_usd: Amount | None
     lines: tuple[BudgetLine, ...]
     unpriced: tuple[str, ...]
-    total_low: Decimal
-    total: Decimal
-    total_high: Decimal
-    buffer: Decimal
-    buffer_amount: Decimal
-    requested: Decimal
-    requested_per_quarter: Decimal
-    requested_per_year: Decimal
-    approved: Decimal | None
+    total_low: Amount
+    total: Amount
+    total_high: Amount
+    buffer: Amount
+    buffer_amount: Amount
+    requested: Amount
+    requested_per_quarter: Amount
+    requested_per_year: Amount
+    approved: Amount | None
     rounding: Rounding
     prices: PricesUsed
     price_age_days: int
@@ -202,8 +202,8 @@ class Draft(Frozen):
     region: str
     lines: tuple[Line, ...]
     round_up: frozenset[str] = frozenset()
-    buffer: Decimal
-    approved: Decimal | None = None
+    buffer: Amount
+    approved: Amount | None = None
     assumptions: tuple[Supposed, ...] = ()
     what_ifs: tuple[WhatIfDraft, ...] = ()
     commitments: tuple[Commitment, ...] = ()
@@ -339,12 +339,12 @@ def _supposed(entry: Assumption, owners: dict[str, str]) -> Supposed:
     )
 
 
-def advice(ways: Sequence[Alternative], hours: Decimal, bought: Priority, *, spot_allowed: bool = True) -> str:
+def advice(ways: Sequence[Alternative], hours: Decimal, bought: Priority) -> str:
     """Whether to sign for this machine, in one or two plain sentences: hours used against break-even hours.
 
-    bought: how the budget buys it now; spot_allowed: whether spot is a way at all
+    bought: how the budget buys it now; spot counts only where it is bought, for else it is not to be had or not wanted
     """
-    ways = [way for way in ways if spot_allowed or way.priority != "spot"]
+    ways = [way for way in ways if bought == "spot" or way.priority != "spot"]
     if bought in COMMITTED:
         return f"The budget already commits: {PRIORITY_WORDS[bought]}. {_what_it_saves(ways, bought)}"
     on_demand = next((way for way in ways if way.priority == "on-demand"), None)

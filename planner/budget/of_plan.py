@@ -6,14 +6,15 @@ from collections.abc import Callable
 from decimal import Decimal
 
 from planner.budget import Commitment, Draft, MemoryCurve, MemoryPoint, Supposed, WhatIfDraft, advice, supposed
+from planner.catalog.hardware import sku as size_of
 from planner.catalog.prices import PriceSheet
 from planner.cost.lines import PRIORITY_WORDS, Line, figure, vm_line
 from planner.cost.schedule import MONTH_HOURS
 from planner.errors import PlannerError
 from planner.fit import Fit, Settings, Task, ladder, smallest, with_context
 from planner.model import ModelSpec
-from planner.plan import Intent, Plan, PoolAlternatives, make_plan
-from planner.plan.choices import Job
+from planner.plan import Intent, Plan, PoolAlternatives, cluster_bill, make_plan
+from planner.plan.choices import Job, needs_disk
 from planner.plan.intent import FinetuneWorkload, ServeWorkload, model_of
 
 ALWAYS_SUPPOSED = (
@@ -52,7 +53,6 @@ def draft_of_plan(name: str, intent: Intent, plan: Plan, sheet: PriceSheet) -> D
                     pool.ways,
                     pool.hours_per_month,
                     next(p.priority for p in plan.pools if p.name == pool.pool),
-                    spot_allowed=intent.pricing.spot,
                 ),
             )
             for pool in plan.alternatives
@@ -74,7 +74,7 @@ def _subject(intent: Intent, plan: Plan, jobs: list[Job]) -> str:
     for job in jobs:
         verb = "fine-tune" if isinstance(job.workload, FinetuneWorkload) else "serve"
         when = "around the clock" if job.schedule.always else f"{figure(job.hours, 1)} hours a month"
-        many = f" on {job.workload.replicas} machines at once" if job.workload.replicas > 1 else ""
+        many = f" with {job.workload.replicas} replicas at once" if job.workload.replicas > 1 else ""
         parts.append(f"{verb} {job.spec.name} at {job.workload.context:,} tokens{many}, {when}")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}; Azure region {plan.region}."
@@ -147,7 +147,9 @@ def _what_ifs(intent: Intent, plan: Plan, sheet: PriceSheet) -> list[WhatIfDraft
         pools = (
             f"{p.sku.removeprefix('Standard_')} {PRIORITY_WORDS[p.priority]}" for p in other.pools if not p.fallback
         )
-        return WhatIfDraft(change=change, lines=other.lines, note=f"then {', '.join(pools)} in {other.region}")
+        together = any("share one machine" in note for note in other.notes)
+        note = f"then {', '.join(pools)} in {other.region}{', all replicas on one machine' if together else ''}"
+        return WhatIfDraft(change=change, lines=other.lines, note=note)
 
     rows = []
     if any(pool.priority == "spot" for pool in plan.pools):
@@ -166,7 +168,7 @@ def _what_ifs(intent: Intent, plan: Plan, sheet: PriceSheet) -> list[WhatIfDraft
         apart = _each(intent, _always).model_copy(update={"take_turns": False})
         rows.append(replanned("Servers left running around the clock", apart))
     if any(pool.priority != "reserved-1y" for pool in plan.pools if not pool.fallback):
-        rows.append(_reserved(plan, sheet))
+        rows.append(_reserved(intent, plan, sheet))
     return rows
 
 
@@ -192,7 +194,7 @@ def _always(workload: Workload) -> Workload:
     return workload.model_copy(update={"schedule": "always"}) if isinstance(workload, ServeWorkload) else workload
 
 
-def _reserved(plan: Plan, sheet: PriceSheet) -> WhatIfDraft:
+def _reserved(intent: Intent, plan: Plan, sheet: PriceSheet) -> WhatIfDraft:
     """The same machines, each reserved for a year: 730 hours a month, used or not."""
     machines = tuple(
         vm_line(
@@ -209,9 +211,11 @@ def _reserved(plan: Plan, sheet: PriceSheet) -> WhatIfDraft:
         for pool in plan.pools
         if not pool.fallback
     )
+    pools = [pool for pool in plan.pools if not pool.fallback]
+    disks = sum(pool.max_nodes for pool in pools if needs_disk(size_of(pool.sku)))
     return WhatIfDraft(
         change="The same GPU machines, reserved for a year",
-        lines=(*machines, *(line for line in plan.lines if line.group != "compute")),
+        lines=(*machines, *cluster_bill(intent, sheet, plan.region, MONTH_HOURS * disks)),
         note=reservation_note(machines),
     )
 

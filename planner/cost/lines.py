@@ -8,7 +8,7 @@ from typing import Literal
 from planner.catalog.prices import COMMITTED, EVERYWHERE, Meter, PriceSheet, Priority, Provenance
 from planner.cost.schedule import MONTH_HOURS
 from planner.cost.spot import Overhead, Range
-from planner.model import Frozen
+from planner.model import Amount, Frozen
 from planner.units import round_money
 
 Group = Literal["compute", "people", "platform", "storage", "network", "monitoring", "security"]
@@ -37,19 +37,19 @@ class Line(Frozen):
     group: Group
     label: str
     basis: str
-    quantity: Decimal
+    quantity: Amount
     unit: str
-    unit_usd: Decimal | None
-    low_usd: Decimal | None
-    usd: Decimal | None
-    high_usd: Decimal | None
+    unit_usd: Amount | None
+    low_usd: Amount | None
+    usd: Amount | None
+    high_usd: Amount | None
     formula: str
     provenance: Provenance | None = None
     service: str = ""
     sku: str = ""
     region: str = ""
     priority: Priority | None = None
-    idle_usd: Decimal = Decimal(0)
+    idle_usd: Amount = Decimal(0)
     note: str = ""
 
     @property
@@ -104,7 +104,7 @@ def vm_line(
     count: int,
     hours: Decimal,
     overhead: Overhead | None = None,
-    idle_hours: Decimal = Decimal(0),
+    idle_hours: Amount = Decimal(0),
 ) -> Line:
     """VMs of one size for a month.
 
@@ -180,7 +180,7 @@ def meter_line(
     region: str,
     units: Decimal | Range,
     service: str,
-    times: Decimal = Decimal(1),
+    times: Amount = Decimal(1),
     why: str = "",
 ) -> Line:
     """A service for a month: `times` accounts or machines, each of `units` (low, expected, high), by the meter's tiers.
@@ -244,19 +244,24 @@ class Alternative(Frozen):
     """
 
     priority: Priority
-    usd_per_hour: Decimal
-    low_usd_per_month: Decimal
-    usd_per_month: Decimal
-    high_usd_per_month: Decimal
-    break_even_hours: Decimal | None
-    break_even_hours_against_spot: Decimal | None
+    usd_per_hour: Amount
+    low_usd_per_month: Amount
+    usd_per_month: Amount
+    high_usd_per_month: Amount
+    break_even_hours: Amount | None
+    break_even_hours_against_spot: Amount | None
     provenance: Provenance
 
 
 def alternatives(
-    sheet: PriceSheet, sku: str, region: str, hours: Decimal, overhead: Overhead | None = None
+    sheet: PriceSheet,
+    sku: str,
+    region: str,
+    hours: Decimal,
+    overhead: Overhead | None = None,
+    idle_hours: Amount = Decimal(0),
 ) -> tuple[Alternative, ...]:
-    """Every priced way to run one machine for those hours a month, side by side.
+    """Every priced way to run one machine for those hours of work a month, side by side.
 
     Break-even of a commitment: 730 h x its hourly price / the hourly price on demand (of spot: x its overhead).
     """
@@ -277,6 +282,7 @@ def alternatives(
             count=1,
             hours=hours,
             overhead=overhead,
+            idle_hours=idle_hours,
         )
         assert line.low_usd is not None
         assert line.usd is not None
@@ -286,10 +292,10 @@ def alternatives(
         found.append(
             Alternative(
                 priority=offer.priority,
-                usd_per_hour=offer.usd_per_hour,
-                low_usd_per_month=line.low_usd,
-                usd_per_month=line.usd,
-                high_usd_per_month=line.high_usd,
+                usd_per_hour=tidy(offer.usd_per_hour, 10),
+                low_usd_per_month=tidy(line.low_usd, 6),
+                usd_per_month=tidy(line.usd, 6),
+                high_usd_per_month=tidy(line.high_usd, 6),
                 break_even_hours=_break_even(monthly, on_demand) if committed else None,
                 break_even_hours_against_spot=_break_even(monthly, spot) if committed else None,
                 provenance=offer.provenance,
@@ -302,4 +308,4 @@ def _break_even(monthly: Decimal, per_hour: Decimal | None) -> Decimal | None:
     """Hours after which paying by the hour has cost a whole month's commitment; None when a month is too short."""
     if per_hour is None or monthly > per_hour * MONTH_HOURS:
         return None
-    return monthly / per_hour
+    return tidy(monthly / per_hour, 6)

@@ -356,7 +356,8 @@ def _memory(curves: Sequence[MemoryCurve]) -> list[Section]:
         return []
     lead = Text(
         text="A longer context needs more GPU memory, and from certain lengths on a larger machine. These are the"
-        " lengths at which the smallest Azure machine that holds the work changes."
+        " lengths at which the smallest Azure machine that holds the work changes. Smallest is by memory: the"
+        " machine that is bought is the cheapest one that holds the work, which may be a larger one at a lower price."
     )
     return [Section(anchor="memory", heading="Text length and the machine it needs", blocks=(lead, *blocks))]
 

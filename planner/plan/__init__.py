@@ -15,15 +15,16 @@ from pydantic import Field
 
 from planner.catalog.prices import COMMITTED, PriceSheet, Priority, Provenance
 from planner.cost.cluster import GpuLoad, Kept, cluster_lines
-from planner.cost.lines import Alternative, Line, alternatives, figure, total, vm_line
+from planner.cost.lines import Alternative, Line, alternatives, figure, tidy, total, vm_line
 from planner.cost.schedule import MONTH_HOURS
+from planner.cost.spot import Overhead
 from planner.errors import DoesNotFit
 from planner.fit import Misfit, Task
 from planner.memory.estimate import MemoryEstimate
 from planner.memory.serving import ServingMemory
 from planner.memory.training import TrainingMemory
 from planner.memory.weights import weight_bytes, weight_scheme
-from planner.model import Frozen
+from planner.model import Amount, Frozen
 from planner.plan.choices import (
     Choice,
     Job,
@@ -41,7 +42,7 @@ from planner.plan.choices import (
     wanted_vcpus,
 )
 from planner.plan.intent import ANY_REGION, FinetuneWorkload, Intent, intents_from_options, parse_intent
-from planner.units import format_gib, format_usd
+from planner.units import format_gib, format_usd, round_money
 
 __all__ = ["Intent", "Plan", "intents_from_options", "make_plan", "parse_intent"]
 
@@ -62,7 +63,7 @@ class Pool(Frozen):
     min_nodes: int
     max_nodes: int
     workloads: tuple[str, ...]
-    usd_per_month: Decimal
+    usd_per_month: Amount
     fallback: bool = False
 
 
@@ -83,13 +84,13 @@ class Placed(Frozen):
     replicas: int
     gpus: int
     schedule: str
-    hours_per_month: Decimal
+    hours_per_month: Amount
     arguments: tuple[str, ...] = ()
     settings: dict[str, str] = Field(default_factory=dict)
-    checkpoint_interval_hours: Decimal | None = None
+    checkpoint_interval_hours: Amount | None = None
     checkpoint_bytes: int = 0
-    spot_factor: Decimal = Decimal(1)
-    away_hours_per_month: Decimal = Decimal(0)
+    spot_factor: Amount = Decimal(1)
+    away_hours_per_month: Amount = Decimal(0)
     needed_bytes: int
     usable_bytes: int
     memory: MemoryEstimate
@@ -103,7 +104,7 @@ class Considered(Frozen):
     gpus: int
     priority: Priority | None
     verdict: Verdict
-    usd_per_month: Decimal | None
+    usd_per_month: Amount | None
     reason: str
 
 
@@ -111,7 +112,7 @@ class RegionConsidered(Frozen):
     """A region that was allowed: the cheapest plan's cost there, or why there is none."""
 
     region: str
-    usd_per_month: Decimal | None
+    usd_per_month: Amount | None
     reason: str
 
 
@@ -128,7 +129,7 @@ class PoolAlternatives(Frozen):
 
     pool: str
     sku: str
-    hours_per_month: Decimal
+    hours_per_month: Amount
     ways: tuple[Alternative, ...]
 
 
@@ -151,10 +152,10 @@ class Plan(Frozen):
     pools: tuple[Pool, ...]
     workloads: tuple[Placed, ...]
     lines: tuple[Line, ...]
-    low_usd: Decimal
-    usd: Decimal
-    high_usd: Decimal
-    gpu_usd: Decimal
+    low_usd: Amount
+    usd: Amount
+    high_usd: Amount
+    gpu_usd: Amount
     unpriced: tuple[str, ...]
     prices: PricesUsed
     quota: tuple[QuotaAsk, ...]
@@ -198,7 +199,7 @@ class _Found(NamedTuple):
 
     region: str
     placement: Placement
-    usd: Decimal
+    usd: Amount
     families: frozenset[str]
 
 
@@ -206,7 +207,7 @@ def _cheapest_region(
     intent: Intent, jobs: Sequence[Job], sheet: PriceSheet, regions: Sequence[str], families: frozenset[str]
 ) -> tuple[_Found | None, list[RegionConsidered]]:
     """The region with the cheapest plan (ties by name), and what every other came to."""
-    best: _Found | None = None
+    found: list[tuple[_Found, frozenset[str]]] = []
     seen = []
     kept, load = kept_in_blob(jobs), GpuLoad(pod_hours=_pod_hours(jobs))
     for region in regions:
@@ -225,11 +226,26 @@ def _cheapest_region(
             reason = no_placement(jobs, tables, sheet, region)
             seen.append(RegionConsidered(region=region, usd_per_month=None, reason=reason))
             continue
-        base = total(_cluster(intent, sheet, region, kept, load))
-        usd = base + placement.usd
+        around = _cluster(intent, sheet, region, kept, load)
+        usd = total(around) + placement.usd
         seen.append(RegionConsidered(region=region, usd_per_month=usd, reason=""))
-        if best is None or usd < best.usd:
-            best = _Found(region, placement, usd, families)
+        missing = frozenset(line.label for line in around if not line.priced)
+        found.append((_Found(region, placement, usd, families), missing))
+    if not found:
+        return None, seen
+    # what no region prices leaves them comparable; what only some price would make the others look cheap
+    common = frozenset.intersection(*(missing for _, missing in found))
+    fewest = min(len(missing - common) for _, missing in found)
+    reasons = {
+        one.region: f"no price there for {', '.join(sorted(missing - common)).lower()}"
+        for one, missing in found
+        if len(missing - common) > fewest
+    }
+    best = min((one for one, missing in found if one.region not in reasons), key=lambda one: one.usd)
+    seen = [
+        row.model_copy(update={"usd_per_month": None, "reason": reasons[row.region]}) if row.region in reasons else row
+        for row in seen
+    ]
     return best, seen
 
 
@@ -257,6 +273,13 @@ def cluster_usd(intent: Intent, sheet: PriceSheet, region: str) -> Callable[[int
         return total(_cluster(intent, sheet, region, kept, load))
 
     return around
+
+
+def cluster_bill(intent: Intent, sheet: PriceSheet, region: str, os_disk_hours: Decimal) -> tuple[Line, ...]:
+    """All lines but the GPU machines, where those need system disks for so many hours a month."""
+    jobs = jobs_of(intent)
+    load = GpuLoad(pod_hours=_pod_hours(jobs), os_disk_hours=os_disk_hours)
+    return tuple(line.to_cents() for line in _cluster(intent, sheet, region, kept_in_blob(jobs), load))
 
 
 def _pod_hours(jobs: Sequence[Job]) -> Decimal:
@@ -512,19 +535,32 @@ def _alternatives(
     found = []
     for pool in dict.fromkeys(choice.pool for choice in chosen):
         members = [choice for choice in chosen if choice.pool == pool]
-        of_each = [jobs[c.job].hours for c in members]
         # machines that are shared work for all in turn; others for their own workload alone
-        hours = sum(of_each, Decimal(0)) if intent.take_turns else max(of_each)
-        overhead = max((c.option.overhead for c in members), key=lambda o: o.factor[1])
+        if not intent.take_turns:
+            members = [max(members, key=lambda c: jobs[c.job].hours)]
+        hours = sum((jobs[c.job].hours for c in members), Decimal(0))
+        idle = sum((jobs[c.job].idle_hours for c in members), Decimal(0))
+        overhead = _overhead_of([(jobs[c.job].hours, c.option.overhead) for c in members])
         found.append(
             PoolAlternatives(
                 pool=names[pool],
                 sku=pool[0],
                 hours_per_month=hours,
-                ways=alternatives(sheet, pool[0], region, hours, overhead),
+                ways=alternatives(sheet, pool[0], region, hours, overhead, idle),
             )
         )
     return tuple(found)
+
+
+def _overhead_of(parts: Sequence[tuple[Decimal, Overhead]]) -> Overhead:
+    """The overhead of several workloads on one machine: of each by its hours."""
+    hours = sum((share for share, _ in parts), Decimal(0))
+    if not hours:
+        return parts[0][1]
+    low, expected, high = (
+        tidy(sum((share * part.factor[i] for share, part in parts), Decimal(0)) / hours, 6) for i in range(3)
+    )
+    return Overhead(factor=(low, expected, high))
 
 
 def _considered(intent: Intent, job: Job, index: int, sheet: PriceSheet, found: _Found) -> list[Considered]:
@@ -593,7 +629,7 @@ def _row(
         gpus=gpus,
         priority=priority,
         verdict=verdict,
-        usd_per_month=usd,
+        usd_per_month=None if usd is None else round_money(usd),
         reason=reason,
     )
 
@@ -616,16 +652,22 @@ def _notes(intent: Intent, jobs: Sequence[Job], chosen: Sequence[Choice]) -> lis
             notes.append(
                 f"{job.workload.name} on spot is away for about {figure(expected * job.hours, 1)} of its"
                 f" {figure(job.hours, 1)} hours a month ({figure(low * job.hours, 1)} to {figure(high * job.hours, 1)})"
-                f"{_spread_advice(job, choice)}"
+                f"{_spread_advice(intent, job, choice)}"
+            )
+    if intent.pricing.fallback_on_demand:
+        for size in dict.fromkeys(c.option.size for c in chosen if c.priority == "spot"):
+            notes.append(
+                f"while Azure has no spot machine, {size.short_name} stands in on demand at its higher price, and the"
+                " total counts none of that"
             )
     if any(c.priority == "spot" for c in chosen) and intent.pricing.evictions_per_hour is None:
         notes.append("no eviction rate was given: read yours in Azure Resource Graph (SpotResources)")
     return notes
 
 
-def _spread_advice(job: Job, choice: Choice) -> str:
+def _spread_advice(intent: Intent, job: Job, choice: Choice) -> str:
     if job.workload.replicas == 1:
-        return ": run a second replica where that matters"
+        return "" if intent.pricing.fallback_on_demand else ": run a second replica where that matters"
     if choice.option.nodes == 1:
         return f": all {job.workload.replicas} replicas share one machine, and one eviction takes them all"
     return ""

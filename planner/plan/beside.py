@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from decimal import Decimal
 
 from planner.catalog.hardware import sku
 from planner.catalog.prices import PriceSheet
 from planner.catalog.scenarios import ReferenceChoice, reference
-from planner.errors import DoesNotFit
-from planner.model import Frozen
+from planner.errors import PlannerError
+from planner.model import Amount, Frozen
 from planner.plan import Intent, Plan, make_plan
 from planner.units import format_usd
 
@@ -19,10 +18,10 @@ class Beside(Frozen):
 
     context: int
     plan: str
-    usd_per_month: Decimal | None
+    usd_per_month: Amount | None
     reference: str
-    reference_usd_per_month: Decimal | None
-    difference_usd: Decimal | None
+    reference_usd_per_month: Amount | None
+    difference_usd: Amount | None
     why: str
 
 
@@ -57,7 +56,7 @@ def _row(intent: Intent, sheet: PriceSheet) -> tuple[Beside, Plan | None]:
 def _try(intent: Intent, sheet: PriceSheet) -> tuple[Plan | None, str]:
     try:
         return make_plan(intent, sheet), ""
-    except DoesNotFit as error:
+    except PlannerError as error:
         return None, str(error)
 
 

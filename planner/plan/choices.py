@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from planner.plan.intent import (
 )
 from planner.units import format_gib
 
-OUTSIDE_EVERY_VM = "no machine has so many GPUs"
+OUTSIDE_EVERY_VM = "one machine has not that many GPUs, or shares one"
 
 
 class Option(NamedTuple):
@@ -114,8 +114,16 @@ class Job:
 
     def refusal(self) -> str:
         """Why no size is left, in one sentence."""
+        if self.intent.skus:
+            named = [(size, outcome) for size, outcome in self.outcomes if size.name in self.intent.skus]
+            told = [f"{size.short_name}: {outcome}" for size, outcome in named if isinstance(outcome, str)]
+            known = {size.name for size, _ in named}
+            others = [sku(name) for name in self.intent.skus if name not in known]
+            told += [f"{size.short_name}: {size.unplannable_reason or size.status}" for size in others]
+            if len(told) == len(named) + len(others):
+                return f"{self.workload.name} has no size to run on ({'; '.join(told)}): name another in skus"
         misfits = [o for _, o in self.outcomes if isinstance(o, Misfit)]
-        reasons = [o.reason for o in misfits if o.reason and o.place.gpu.is_cuda]
+        reasons = sorted((o.reason for o in misfits if o.reason), key=lambda reason: "AMD" in reason)
         fits_not = [o for o in misfits if not o.reason]
         where = f"{self.workload.name} ({self.spec.name} at {self.workload.context:,} tokens)"
         if fits_not:
@@ -179,13 +187,19 @@ def needs_disk(size: VmSku) -> bool:
 
 
 class Choice(NamedTuple):
-    """An option bought in one way. usd: a month, expected, without what other workloads share."""
+    """An option bought in one way.
+
+    usd: a month, expected, without what other workloads share; rate: of one machine and hour, with its disk
+    work_hours: a month on one machine, with evictions
+    """
 
     job: int
     option: Option
     priority: Priority
     usd: Decimal
     vcpus: int
+    rate: Decimal
+    work_hours: Decimal
 
     @property
     def pool(self) -> tuple[str, Priority]:
@@ -251,8 +265,11 @@ def choices(job: Job, index: int, sheet: PriceSheet, region: str, *, shared: boo
             hours = job.billed_hours(priority, option.overhead)
             paid_by_pool = shared and priority in COMMITTED
             usd = Decimal(0) if paid_by_pool else option.nodes * hours * rate
-            found.append(Choice(index, option, priority, usd, option.nodes * (size.vcpu or 0)))
-    found.sort(key=lambda c: (c.usd, c.option.nodes, c.option.size.name, c.priority))
+            factor = option.overhead.factor[1] if priority == "spot" else Decimal(1)
+            vcpus = option.nodes * (size.vcpu or 0)
+            found.append(Choice(index, option, priority, usd, vcpus, rate, job.hours * factor))
+    # work of no hours costs nothing anywhere: then the cheaper and smaller machine goes first
+    found.sort(key=lambda c: (c.usd, c.option.nodes, c.rate, c.vcpus, c.option.size.name, c.priority))
     return tuple(found)
 
 
@@ -285,19 +302,38 @@ class Search:
         region: str,
         limit: Limits,
     ) -> None:
-        self.tables = tables
         self.turns = intent.take_turns
         self.fallback = intent.pricing.fallback_on_demand
-        self.sheet, self.region, self.limit = sheet, region, limit
+        self.limit = limit
         self.best: Placement | None = None
-        # what each job costs at least: a shared commitment is split over no more jobs than there are
-        self.least = [min((self._bound(c) for c in table), default=Decimal(0)) for table in tables]
+        shared = _kept_pools(tables, limit) if self.turns else set()
+        roomy = sum((max((c.work_hours for c in t), default=Decimal(0)) for t in tables), Decimal(0)) <= MONTH_HOURS
+        self.tables = [
+            _kept(table, shared, limit, turns=self.turns, fallback=self.fallback, roomy=roomy) for table in tables
+        ]
+        # what each job costs at least on machines of its own, and as its part of a commitment that others may share
+        self.alone = [_least(c.usd for c in table if not self._shares(c)) for table in self.tables]
+        self.together = [_least(_whole(c) for c in table if self._shares(c)) for table in self.tables]
 
-    def _bound(self, choice: Choice) -> Decimal:
-        if not self.turns or choice.priority not in COMMITTED:
-            return choice.usd
-        whole = pool_usd(choice.pool, choice.option.nodes, self.sheet, self.region)
-        return choice.usd + whole / len(self.tables)
+    def _shares(self, choice: Choice) -> bool:
+        return self.turns and choice.priority in COMMITTED
+
+    def _rest(self, chosen: Sequence[Choice]) -> Decimal:
+        """What the jobs not yet placed cost at least.
+
+        A job costs what it costs alone, or its part of a commitment, split over no more jobs than are left, or nothing
+        where a commitment is already there that it might join.
+        """
+        left = len(self.tables) - len(chosen)
+        opened = {choice.pool for choice in chosen if self._shares(choice)}
+        rest = Decimal(0)
+        for index in range(len(chosen), len(self.tables)):
+            if opened and any(c.pool in opened for c in self.tables[index]):
+                continue
+            alone, together = self.alone[index], self.together[index]
+            costs = [*([] if alone is None else [alone]), *([] if together is None else [together / left])]
+            rest += min(costs, default=Decimal(0))
+        return rest
 
     def run(self) -> Placement | None:
         """The cheapest placement, None where a job has no choice or the quota allows none."""
@@ -312,26 +348,121 @@ class Search:
             if self.best is None or usd < self.best.usd:
                 self.best = Placement(tuple(chosen), usd)
             return
-        rest = sum(self.least[depth + 1 :], Decimal(0))
         for choice in self.tables[depth]:
-            # choices come by usd: once that alone is too dear, all that follow are, for bounds never lie below it
-            if self.best is not None and so_far + choice.usd + rest >= self.best.usd:
+            # choices come by usd: once that alone is too dear, all that follow are
+            if self.best is not None and so_far + choice.usd >= self.best.usd:
                 break
             chosen.append(choice)
-            if self.allowed(chosen):
+            bound = so_far + choice.usd + self.shared_usd(chosen) + self._rest(chosen)
+            if (self.best is None or bound < self.best.usd) and self.allowed(chosen):
                 self._descend(chosen, so_far + choice.usd)
             chosen.pop()
 
     def shared_usd(self, chosen: Sequence[Choice]) -> Decimal:
         """What commitments cost that jobs taking turns share: once a pool, for the most machines any of them needs."""
-        if not self.turns:
-            return Decimal(0)
-        committed = {pool: nodes for pool, nodes in pool_nodes(chosen, turns=True).items() if pool[1] in COMMITTED}
-        return sum((pool_usd(p, nodes, self.sheet, self.region) for p, nodes in committed.items()), Decimal(0))
+        most: dict[tuple[str, Priority], Decimal] = {}
+        for choice in chosen:
+            if self._shares(choice):
+                most[choice.pool] = max(most.get(choice.pool, Decimal(0)), _whole(choice))
+        return sum(most.values(), Decimal(0))
 
     def allowed(self, chosen: Sequence[Choice]) -> bool:
-        """Whether the quota holds these pools; more pools never need less, so a refusal is final."""
+        """Whether the quota holds these pools, and the month the work on each: more never need less."""
+        if self.turns and any(hours > MONTH_HOURS for hours in _pool_hours(chosen).values()):
+            return False
         return not exceeded(chosen, self.limit, turns=self.turns, fallback=self.fallback)
+
+
+def _whole(choice: Choice) -> Decimal:
+    """USD a month of a commitment's machines."""
+    return choice.rate * MONTH_HOURS * choice.option.nodes
+
+
+def _least(amounts: Iterable[Decimal]) -> Decimal | None:
+    return min(amounts, default=None)
+
+
+def _pool_hours(chosen: Sequence[Choice]) -> dict[tuple[str, Priority], Decimal]:
+    """Hours a month that each pool's machines work, one workload after the other."""
+    hours: dict[tuple[str, Priority], Decimal] = {}
+    for choice in chosen:
+        hours[choice.pool] = hours.get(choice.pool, Decimal(0)) + choice.work_hours
+    return hours
+
+
+def _kept(
+    table: Sequence[Choice],
+    shared: set[tuple[str, Priority]],
+    limit: Limits,
+    *,
+    turns: bool,
+    fallback: bool,
+    roomy: bool,
+) -> tuple[Choice, ...]:
+    """The choices of a job, cheapest first, that could be in a cheapest placement.
+
+    Dropped: of commitments that turns share, those not in `shared`; and what a cheaper choice replaces without wanting
+    more of any quota. Jobs that take turns may join a pool for nothing, so there that holds only where nothing limits
+    them (roomy: all their work fits one machine's month, whichever way it is bought).
+    """
+    free = roomy and not limit.family and limit.spot is None and limit.total is None
+    kept: list[Choice] = []
+    for choice in table:
+        if turns and choice.priority in COMMITTED:
+            if choice.pool in shared:
+                kept.append(choice)
+            continue
+        others = (other for other in kept if not (turns and other.priority in COMMITTED))
+        if (free or not turns) and any(_wants_no_more(other, choice, limit, fallback=fallback) for other in others):
+            continue
+        kept.append(choice)
+    return tuple(kept)
+
+
+def _wants_no_more(one: Choice, other: Choice, limit: Limits, *, fallback: bool) -> bool:
+    """Whether one wants no more of any quota than the other."""
+    spot, others_spot = one.priority == "spot", other.priority == "spot"
+    if spot and limit.spot is not None and not (others_spot and one.vcpus <= other.vcpus):
+        return False
+    if not spot or fallback:
+        on_demand_too = not others_spot or fallback
+        if limit.total is not None and not (on_demand_too and one.vcpus <= other.vcpus):
+            return False
+        family = one.option.size.quota_family
+        same = on_demand_too and family == other.option.size.quota_family and one.vcpus <= other.vcpus
+        if family.lower() in limit.family and not same:
+            return False
+    return True
+
+
+def _kept_pools(tables: Sequence[Sequence[Choice]], limit: Limits) -> set[tuple[str, Priority]]:
+    """The commitments that workloads taking turns might share: those that no other one replaces.
+
+    One replaces another that holds no workload more, costs no less for any of them, takes no fewer vCPUs, and whose
+    quota family is the same, or that family is not limited.
+    """
+    pools: dict[tuple[str, Priority], dict[int, Choice]] = {}
+    for table in tables:
+        for choice in table:
+            if choice.priority in COMMITTED:
+                pools.setdefault(choice.pool, {})[choice.job] = choice
+
+    def replaces(one: dict[int, Choice], other: dict[int, Choice]) -> bool:
+        family = next(iter(one.values())).option.size.quota_family
+        theirs = next(iter(other.values())).option.size.quota_family
+        if family != theirs and family.lower() in limit.family:
+            return False
+        return all(
+            job in one and _whole(one[job]) <= _whole(choice) and one[job].vcpus <= choice.vcpus
+            for job, choice in other.items()
+        )
+
+    kept: list[tuple[str, Priority]] = []
+    # cheapest first, so that of two that replace each other the first stays
+    for pool in sorted(pools, key=lambda p: (next(iter(pools[p].values())).rate, p)):
+        if not any(replaces(pools[known], pools[pool]) for known in kept):
+            kept.append(pool)
+    return set(kept)
 
 
 def pool_nodes(chosen: Sequence[Choice], *, turns: bool) -> dict[tuple[str, Priority], int]:
@@ -400,4 +531,10 @@ def jobs_of(intent: Intent) -> tuple[Job, ...]:
     for job in jobs:
         if not job.options:
             raise DoesNotFit(job.refusal())
+    waiting = sum((job.idle_hours for job in jobs), Decimal(0))
+    if intent.take_turns and wanted + waiting > MONTH_HOURS and waiting:
+        # the next workload begins before the machine would have been given back
+        share = max(MONTH_HOURS - wanted, Decimal(0)) / waiting
+        for job in jobs:
+            job.idle_hours *= share
     return jobs

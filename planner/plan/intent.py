@@ -243,7 +243,8 @@ def model_of(intent: Intent, workload: ServeWorkload | FinetuneWorkload) -> Mode
         factor = -(-workload.context // spec.max_context)
         raise PlannerError(
             f"{workload.name}: {workload.context:,} tokens are beyond {spec.name}'s context of {spec.max_context:,}:"
-            f" lower it, or state the rope extension you will use (rope_scaling: {factor})"
+            f" lower it, or state the rope extension you will use (rope_scaling: {factor} in an intent, --rope-scaling"
+            f" yarn:{factor})"
         )
     return spec
 

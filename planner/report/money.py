@@ -354,7 +354,7 @@ def emit_comparison(made: Comparison, *, as_json: bool) -> None:
     millions = figure(demand.tokens_per_month / 10**6, 3)
     terminal.print(
         f"[bold]API: {format_usd(made.api_usd_per_month)} a month[/bold] for {millions}"
-        f" million tokens at {format_usd(made.api_usd_per_million)} a million",
+        f" million tokens at ${figure(made.api_usd_per_million)} a million",
         highlight=False,
     )
     known, wide = any(row.tokens_per_second for row in made.rows), terminal.width >= WIDE
@@ -373,7 +373,7 @@ def emit_comparison(made: Comparison, *, as_json: bool) -> None:
         ],
     )
     for row in made.rows:
-        never = row.tokens_per_second is not None and row.break_even_machines is None
+        even, rate = row.break_even_tokens_per_day, row.break_even_tokens_per_second
         table.add_row(
             row.size,
             _SHORT.get(row.priority, row.priority),
@@ -383,13 +383,13 @@ def emit_comparison(made: Comparison, *, as_json: bool) -> None:
                 if known
                 else ()
             ),
-            "never" if never else figure(row.break_even_tokens_per_day / 10**6, 2),
-            *(["-" if never else figure(row.break_even_tokens_per_second, 1)] if wide else []),
+            "never" if even is None else figure(even / 10**6, 2) + ("" if row.tokens_per_second or not known else " *"),
+            *(["-" if rate is None else figure(rate, 1)] if wide else []),
             *(["-" if row.break_even_machines is None else str(row.break_even_machines)] if known and wide else []),
         )
     terminal.print(table)
-    many = "as the machines that can answer them" if known else "as one machine"
-    terminal.print(f"USD; even at: millions of tokens a day for which the API bills as much {many}", highlight=False)
+    many = "the machines that can answer them (* one machine: its speed is not known)" if known else "one machine"
+    terminal.print(f"USD; even at: millions of tokens a day for which the API bills as much as {many}", highlight=False)
     for line in (*made.arithmetic, f"even: {made.rows[0].arithmetic}"):
         terminal.print(_escape(line), highlight=False)
     for note in made.notes:

@@ -255,6 +255,22 @@ def test_a_what_if_that_cannot_be_planned_says_why() -> None:
     assert "no plan fits the intent" in without_spot.note
 
 
+def test_the_reserved_what_if_counts_the_disks_of_machines_that_stay() -> None:
+    budget = plan_budget(skus=["NC24ads_A100_v4"], take_turns=True)
+    row = next(row for row in budget.what_ifs if row.change.startswith("The same GPU machines"))
+    lines = {line.key: line.amount or D(0) for line in budget.lines}
+    # one machine: 1,752.75 in place of the two spot lines; its disk all month: 3 x 19.71 = 59.13 in all
+    spot = lines["gpu/finetune"] + lines["gpu/serve"]
+    assert row.total == budget.total - spot + D("1752.75") - lines["platform/os-disks"] + D("59.13")
+
+
+def test_the_ways_to_buy_cost_what_the_lines_cost() -> None:
+    budget = plan_budget(skus=["NC24ads_A100_v4"], take_turns=True)
+    spot = next(way for way in budget.commitments[0].ways if way.priority == "spot")
+    lines = sum(line.amount for line in budget.lines if line.group == "compute" and line.amount)
+    assert abs(spot.usd_per_month - lines) <= D("0.02")
+
+
 def test_around_the_clock_nobody_takes_turns() -> None:
     budget = plan_budget(take_turns=True)
     row = next(row for row in budget.what_ifs if row.change == "Servers left running around the clock")
@@ -312,7 +328,7 @@ def test_commitment_advice_by_hand() -> None:
     # spot for 730 h is 495.5 and a reservation 1,752.75: never
     assert "never below spot" in advice(ways(730), D(730), "spot")
     # spot is no way where it is not allowed
-    assert "spot" not in advice(ways(730), D(730), "on-demand", spot_allowed=False)
+    assert "spot" not in advice(ways(730), D(730), "on-demand")
     # 730 x 3.673 - 1,752.75 = 928.54
     committed = advice(ways(730), D(730), "reserved-1y")
     assert committed.startswith("The budget already commits: reserved, 1 year. That saves 928.54 USD a month")

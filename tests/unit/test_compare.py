@@ -62,7 +62,7 @@ def test_a_server_at_3500_breaks_even_with_five_dollars_a_million_near_23_millio
     made = stated_server(demand(tokens="700M", api="5"), parse_usd("$3,500"))
     # 3,500 / 5 = 700 million tokens a month / 30.42 days = 23.01 million a day
     assert round(made.rows[0].break_even_tokens_per_day / 10**6, 2) == D("23.01")
-    assert "($3,500.00 + $0.00) / $5.00 a million / 30.42 days = 23.01 million tokens a day" in made.rows[0].arithmetic
+    assert "($3,500.00 + $0.00) / $5 a million / 30.42 days = 23.01 million tokens a day" in made.rows[0].arithmetic
     # 700 million / 2,628,000 s = 266.4 a second
     assert round(made.rows[0].break_even_tokens_per_second, 1) == D("266.4")
 
@@ -82,7 +82,16 @@ def test_a_machine_that_earns_less_than_it_costs_never_pays() -> None:
     made = compared({"NC24ads_A100_v4": D(1)})
     row = next(row for row in made.rows if row.size == "NC24ads_A100_v4")
     assert row.break_even_machines is None
+    assert row.break_even_tokens_per_day is None
+    assert row.arithmetic.startswith("never: ")
     assert not row.pays
+
+
+def test_a_price_of_a_fraction_of_a_cent_is_printed_as_it_is() -> None:
+    made = stated_server(demand(tokens="5e9", api="0.15,0.60"), parse_usd("3500"))
+    # 0.75 x 0.15 + 0.25 x 0.60 = 0.2625; 5,000 x 0.2625 = 1,312.50
+    assert made.arithmetic[0] == "API: 0.75 x $0.15 + 0.25 x $0.6 = $0.2625 a million tokens"
+    assert made.arithmetic[1] == "API: 5,000 million tokens x $0.2625 = $1,312.50 a month"
 
 
 def test_the_break_even_is_where_the_machines_can_answer_what_the_api_bills() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
@@ -66,6 +67,13 @@ FAMILIES = sorted({"standardDSv5Family", *(sku(name).quota_family for name in SI
 def every_placement(intent: Any, sheet: PriceSheet) -> Iterator[Decimal]:
     """The month's cost of every feasible choice, worked out from scratch: no bound, no order, no shortcut."""
     jobs = jobs_of(intent)
+    # taking turns, the next begins before a machine is given back once the month is full
+    work = sum((job.hours for job in jobs), D(0))
+    pauses = sum(
+        (730 / D(168) * (len(j.schedule.windows) or 5) * D("0.1667") for j in jobs if not j.schedule.always), D(0)
+    )
+    full = intent.take_turns and pauses and work + pauses > 730
+    scale = max(730 - work, D(0)) / pauses if full else D(1)
     for region in intent.regions:
         base = total(_cluster(intent, sheet, region, kept_in_blob(jobs), GpuLoad(pod_hours=_pod_hours(jobs))))
         disk = sheet.meter("disk-premium-p10", region)
@@ -93,13 +101,19 @@ def every_placement(intent: Any, sheet: PriceSheet) -> Iterator[Decimal]:
                 nodes[pool] = max(before, option.nodes) if intent.take_turns else before + option.nodes
                 # 730 / 168 weeks x windows a week (5 for plain hours) x 10 minutes until a machine is given back
                 starts = 0 if job.schedule.always else D(730) / 168 * (len(job.schedule.windows) or 5)
-                idle = max(min(starts * D("0.1667"), 730 - job.hours), D(0))
+                idle = max(min(starts * D("0.1667"), 730 - job.hours), D(0)) * scale
                 factor = option.overhead.factor[1] if way == "spot" else 1
                 hours = min(job.hours * factor + idle, D(730)) * option.nodes
                 if way not in COMMITTED:
                     usd += hours * (sheet.rate(option.size.name, region, way) or 0)  # type: ignore[arg-type]
                     if (option.size.temp_disk_gib or 0) < 128:
                         usd += hours / 730 * disk.tiers[0].usd
+            worked: dict[tuple[str, str], Decimal] = {}
+            for job, (option, way) in zip(jobs, combination, strict=True):
+                factor = option.overhead.factor[1] if way == "spot" else 1
+                worked[option.size.name, way] = worked.get((option.size.name, way), D(0)) + job.hours * factor
+            if intent.take_turns and max(worked.values()) > 730:
+                continue  # one machine after the other would need more hours than there are
             family: dict[str, int] = {}
             spot = 0
             for (name, way), count in nodes.items():
@@ -208,6 +222,70 @@ def test_the_plan_costs_what_the_cheapest_of_all_feasible_choices_costs(
 # ----------------------------------------------------------------------------------------------------- invariants
 
 SHEET = load_sheet("2026-11")
+
+
+def test_eight_workloads_with_every_commitment_and_tight_quotas_are_still_planned_exactly_and_soon() -> None:
+    workloads = [
+        {**(SERVE if i % 2 else TUNE), "name": f"w{i}", "context": 2048 << i % 4, "schedule": f"{60 + 3 * i}h"}
+        for i in range(8)
+    ]
+    quota = {"*": {"spot_vcpus": 96, "total_vcpus": 200, "family_vcpus": {"StandardNCADSA100v4Family": 48}}}
+    commitments = ["reserved-1y", "reserved-3y", "savings-plan-1y", "savings-plan-3y"]
+    for turns in (True, False):
+        plan = make_plan(
+            intent_of(workloads=workloads, take_turns=turns, quota=quota, pricing={"commitments": commitments}), SHEET
+        )
+        asked = {ask.name: ask.vcpus for ask in plan.quota}
+        assert asked.get("Total Regional Spot vCPUs", 0) <= 96
+        assert asked["Total Regional vCPUs"] <= 200
+
+
+def test_a_region_that_lacks_a_price_does_not_win_by_it() -> None:
+    listed = {
+        ("NC24ads_A100_v4", "eastus", "on-demand"): "3",
+        ("NC24ads_A100_v4", "westeurope", "on-demand"): "3",
+        ("D8s_v5", "eastus", "on-demand"): "1",
+    }
+    people = {"count": 10, "sku": "D8s_v5"}
+    plan = make_plan(intent_of(regions=["eastus", "westeurope"], developers=people), sheet_of(listed))
+    assert plan.region == "eastus"
+    other = next(row for row in plan.regions if row.region == "westeurope")
+    assert (other.usd_per_month, other.reason) == (None, "no price there for developers' machines")
+
+
+def test_work_of_no_hours_goes_to_the_smallest_machine() -> None:
+    plan = make_plan(intent_of(workloads=[{**TUNE, "schedule": "0h"}]), SHEET)
+    assert plan.pools[0].sku == "Standard_NC4as_T4_v3"
+
+
+def test_turns_on_one_machine_never_add_up_to_more_than_the_month() -> None:
+    plan = make_plan(
+        intent_of(
+            workloads=[{**TUNE, "schedule": "690h"}, {**SERVE, "schedule": "30h"}],
+            take_turns=True,
+            skus=["NC24ads_A100_v4"],
+        ),
+        SHEET,
+    )
+    by_pool: dict[str, Decimal] = {}
+    for line in plan.lines:
+        if line.group == "compute":
+            by_pool[f"{line.sku} {line.priority}"] = by_pool.get(f"{line.sku} {line.priority}", D(0)) + line.quantity
+    assert all(hours <= 730 for hours in by_pool.values())
+
+
+def test_a_fallback_is_said_to_cost_what_the_total_does_not_count() -> None:
+    plan = make_plan(intent_of(pricing={"fallback_on_demand": True}), SHEET)
+    assert any("stands in on demand at its higher price" in note for note in plan.notes)
+
+
+def test_a_size_that_was_named_and_cannot_be_taken_says_why() -> None:
+    assert "NC36ds_xl_RTXPRO6000BSE_v6" in refused(workloads=[SERVE], skus=["NC36ds_xl_RTXPRO6000BSE_v6"])
+
+
+def test_amounts_in_json_have_no_exponent() -> None:
+    text = make_plan(intent_of(workloads=[{**TUNE, "schedule": "0h"}]), SHEET).model_dump_json()
+    assert not re.search(r'"-?[0-9.]+E[-+]?[0-9]+"', text)
 
 
 def test_planning_twice_gives_the_same_plan() -> None:

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, get_args
 from pydantic import Field, ValidationError
 
 from planner.errors import PlannerError
-from planner.model import Frozen
+from planner.model import Amount, Frozen
 
 SCHEMA = "tonnage.prices/1"
 BUNDLED = ("2026-11", "2026-01-reference")
@@ -55,7 +55,7 @@ class Offer(Frozen):
     sku: str
     region: str
     priority: Priority
-    usd: Decimal
+    usd: Amount
     provenance: Provenance
 
     @property
@@ -67,8 +67,8 @@ class Offer(Frozen):
 class Tier(Frozen):
     """Units above from_units (a month) cost usd each; the first tier may be free."""
 
-    from_units: Decimal
-    usd: Decimal
+    from_units: Amount
+    usd: Amount
 
 
 class Meter(Frozen):
@@ -101,7 +101,7 @@ class Meter(Frozen):
 class ExchangeRate(Frozen):
     """One USD in another currency."""
 
-    per_usd: Decimal
+    per_usd: Amount
     provenance: Provenance
 
 
@@ -134,7 +134,7 @@ class SheetFile(Frozen):
 
 
 class _Listed(NamedTuple):
-    usd: Decimal
+    usd: Amount
     source: str
 
 

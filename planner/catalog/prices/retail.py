@@ -41,7 +41,7 @@ from planner.catalog.prices.rows import (
 )
 from planner.errors import PlannerError
 from planner.files import write_atomically
-from planner.model import Frozen
+from planner.model import Amount, Frozen
 
 if TYPE_CHECKING:
     import httpx
@@ -59,8 +59,8 @@ class PriceChange(Frozen):
     what: str
     region: str
     priority: str
-    old_usd: Decimal | None
-    new_usd: Decimal | None
+    old_usd: Amount | None
+    new_usd: Amount | None
 
     @property
     def change_pct(self) -> Decimal | None:
