@@ -6,30 +6,24 @@ The plan is the narrow waist: what stands right of it (stack files, infrastructu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from datetime import date
 from decimal import Decimal
 from functools import cache
-from typing import Literal, NamedTuple
-
-from pydantic import Field
+from typing import NamedTuple
 
 from planner.catalog.prices import COMMITTED, PriceSheet, Priority, Provenance
 from planner.cost.cluster import GpuLoad, Kept, cluster_lines
-from planner.cost.lines import Alternative, Line, alternatives, figure, tidy, total, vm_line
+from planner.cost.lines import Line, alternatives, figure, tidy, total, vm_line
 from planner.cost.schedule import MONTH_HOURS
 from planner.cost.spot import Overhead
 from planner.errors import DoesNotFit
-from planner.fit import Misfit, Task
-from planner.memory.estimate import MemoryEstimate
+from planner.fit import Misfit
 from planner.memory.serving import ServingMemory
 from planner.memory.training import TrainingMemory
 from planner.memory.weights import weight_bytes, weight_scheme
-from planner.model import Amount, Frozen
 from planner.plan.choices import (
     Choice,
     Job,
     Placement,
-    Search,
     checkpoint_bytes,
     choices,
     exceeded,
@@ -42,127 +36,34 @@ from planner.plan.choices import (
     wanted_vcpus,
 )
 from planner.plan.intent import ANY_REGION, FinetuneWorkload, Intent, intents_from_options, parse_intent
+from planner.plan.result import (
+    Considered,
+    Placed,
+    Plan,
+    Pool,
+    PoolAlternatives,
+    PricesUsed,
+    QuotaAsk,
+    RegionConsidered,
+    Verdict,
+)
+from planner.plan.search import Search
 from planner.units import format_gib, format_usd, round_money
 
-__all__ = ["Intent", "Plan", "intents_from_options", "make_plan", "parse_intent"]
-
-Verdict = Literal["chosen", "dearer", "does not fit", "cannot run", "unpriced", "quota", "excluded"]
-
-
-class Pool(Frozen):
-    """One AgentPool. min_nodes, max_nodes: machines; usd_per_month: expected, of its machines.
-
-    fallback: it is the twin on demand of a spot pool, used only while Azure has no spot machine
-    """
-
-    name: str
-    sku: str
-    gpu: str
-    gpus_per_node: int
-    priority: Priority
-    min_nodes: int
-    max_nodes: int
-    workloads: tuple[str, ...]
-    usd_per_month: Amount
-    fallback: bool = False
-
-
-class Placed(Frozen):
-    """A workload where the plan puts it.
-
-    gpus: of a replica; hours_per_month: of work; arguments: of vLLM; settings: of the trainer
-    checkpoint_interval_hours, spot_factor, away_hours_per_month: what evictions ask for, add, and take from a server
-    needed_bytes, usable_bytes, memory: of the fullest GPU
-    """
-
-    name: str
-    task: Task
-    model: str
-    hub_id: str | None
-    context: int
-    pool: str
-    replicas: int
-    gpus: int
-    schedule: str
-    hours_per_month: Amount
-    arguments: tuple[str, ...] = ()
-    settings: dict[str, str] = Field(default_factory=dict)
-    checkpoint_interval_hours: Amount | None = None
-    checkpoint_bytes: int = 0
-    spot_factor: Amount = Decimal(1)
-    away_hours_per_month: Amount = Decimal(0)
-    needed_bytes: int
-    usable_bytes: int
-    memory: MemoryEstimate
-
-
-class Considered(Frozen):
-    """A size that was looked at for a workload, in the region chosen: its cheapest way, or why it lost."""
-
-    workload: str
-    sku: str
-    gpus: int
-    priority: Priority | None
-    verdict: Verdict
-    usd_per_month: Amount | None
-    reason: str
-
-
-class RegionConsidered(Frozen):
-    """A region that was allowed: the cheapest plan's cost there, or why there is none."""
-
-    region: str
-    usd_per_month: Amount | None
-    reason: str
-
-
-class QuotaAsk(Frozen):
-    """vCPUs to have before `pulumi up`. name: as Azure's quota page and `az vm list-usage` write it."""
-
-    name: str
-    vcpus: int
-    reason: str
-
-
-class PoolAlternatives(Frozen):
-    """One pool's machine bought in every way that has a price, for the hours that it is used."""
-
-    pool: str
-    sku: str
-    hours_per_month: Amount
-    ways: tuple[Alternative, ...]
-
-
-class PricesUsed(Frozen):
-    """Which figures a plan rests on: sheet, digest of its file, oldest and newest day among those used, estimates."""
-
-    sheet: str
-    digest: str
-    oldest: date
-    newest: date
-    estimates: int
-
-
-class Plan(Frozen):
-    """The cheapest plan for an intent on a price sheet. Money is USD a month unless the name says otherwise."""
-
-    schema_version: Literal["tonnage.plan/1"] = "tonnage.plan/1"
-    intent_digest: str
-    region: str
-    pools: tuple[Pool, ...]
-    workloads: tuple[Placed, ...]
-    lines: tuple[Line, ...]
-    low_usd: Amount
-    usd: Amount
-    high_usd: Amount
-    gpu_usd: Amount
-    unpriced: tuple[str, ...]
-    prices: PricesUsed
-    quota: tuple[QuotaAsk, ...]
-    alternatives: tuple[PoolAlternatives, ...]
-    considered: tuple[Considered, ...]
-    regions: tuple[RegionConsidered, ...]
-    notes: tuple[str, ...] = ()
+__all__ = [
+    "Considered",
+    "Intent",
+    "Plan",
+    "PoolAlternatives",
+    "PricesUsed",
+    "cluster_bill",
+    "cluster_usd",
+    "intents_from_options",
+    "make_plan",
+    "over_budget",
+    "parse_intent",
+    "prices_used",
+]
 
 
 def make_plan(intent: Intent, sheet: PriceSheet) -> Plan:
@@ -199,7 +100,7 @@ class _Found(NamedTuple):
 
     region: str
     placement: Placement
-    usd: Amount
+    usd: Decimal
     families: frozenset[str]
 
 
@@ -221,7 +122,8 @@ def _cheapest_region(
         if families:
             tables = tuple(tuple(c for c in t if c.option.size.quota_family in families) for t in tables)
         limit = limits(intent.quota, region, other_vcpus(intent))
-        placement = Search(tables, intent, sheet, region, limit).run()
+        search = Search(tables, limit, turns=intent.take_turns, fallback=intent.pricing.fallback_on_demand)
+        placement = search.run()
         if placement is None:
             reason = no_placement(jobs, tables, sheet, region)
             seen.append(RegionConsidered(region=region, usd_per_month=None, reason=reason))

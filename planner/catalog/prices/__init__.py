@@ -134,7 +134,7 @@ class SheetFile(Frozen):
 
 
 class _Listed(NamedTuple):
-    usd: Amount
+    usd: Decimal
     source: str
 
 
