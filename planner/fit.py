@@ -19,6 +19,11 @@ Task = Literal["serve", "finetune"]
 Settings = ServingSettings | FinetuneSettings
 
 
+def default_headroom(task: Task) -> float:
+    """The share of a GPU to leave free: none for serving (vLLM budgets itself) and 5 % for training."""
+    return 0.0 if task == "serve" else 0.05
+
+
 class Place(Frozen):
     """Where a workload could run: GPUs of one kind, in a VM size or on a desk.
 

@@ -19,9 +19,9 @@ from planner.compare import Comparison, compare, demand_of, parse_speeds, parse_
 from planner.cost.lines import Line
 from planner.errors import DoesNotFit, PlannerError
 from planner.files import write_atomically
-from planner.plan import Intent, Plan, intents_from_options, make_plan, over_budget
+from planner.plan import Intent, Plan, intents_from_options, make_plan, over_budget, parse_intent
 from planner.plan.beside import Beside, beside_reference
-from planner.plan.intent import ANY_REGION
+from planner.plan.intent import ANY_REGION, region_names
 from planner.report import money as report
 from planner.report import put
 from planner.stack import read_intent
@@ -244,28 +244,22 @@ def comparison(options: Mapping[str, Any]) -> Comparison:
     if options["server"] is not None:
         return stated_server(demand, parse_usd(options["server"]), speeds.get(""))
     sheet = load_sheet(options["prices"])
-    serving = {
-        "task": "serve",
-        "method": "qlora",
-        "finetune_hours": "80h",
-        "serve_hours": "always",
-        "concurrency": 1,
-        "replicas": 1,
-        "rope_scaling": None,
-        "take_turns": False,
-        "prefer_family": None,
-        "quota": None,
-        "spot_quota": None,
-        "posture": "dev",
-        "developers": 0,
-        "approved": None,
-    }
-    intents = intents_from_options({**serving, **options})
-    if len(intents) > 1:
+    if "," in options["ctx"]:
         raise PlannerError("a comparison is for one context: write --ctx 8k")
-    plan = make_plan(intents[0], sheet)
+    server = {"kind": "serve", "context": options["ctx"]}
+    if options["quantization"]:
+        server["settings"] = {"quantization": options["quantization"]}
+    wanted = {
+        "model": options["model"],
+        "workloads": [server],
+        "regions": region_names(options["region"]),
+        "pricing": {"spot": options["spot"], "commitments": options["commitment"] or ()},
+        "skus": options["sku"] or (),
+    }
+    intent = parse_intent(wanted, "the options")
+    plan = make_plan(intent, sheet)
     check_age(plan.lines, sheet, options)
-    return compare(demand, intents[0], plan, sheet, speeds)
+    return compare(demand, intent, plan, sheet, speeds)
 
 
 def emit_comparison(made: Comparison, *, as_json: bool) -> None:

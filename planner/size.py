@@ -22,6 +22,7 @@ from planner.fit import (
     Step,
     Task,
     candidates,
+    default_headroom,
     demand,
     fit_gpu,
     fit_size,
@@ -357,10 +358,8 @@ def size(spec: ModelSpec, request: SizeRequest) -> SizeAnswer:
 
 
 def headroom_of(request: SizeRequest, task: Task) -> float:
-    """The share of a GPU to leave free: as asked, else none for serving (vLLM budgets itself) and 5 % for training."""
-    if request.headroom is not None:
-        return request.headroom
-    return 0.0 if task == "serve" else 0.05
+    """The share of a GPU to leave free: as asked, else the task's default."""
+    return default_headroom(task) if request.headroom is None else request.headroom
 
 
 def _gpus(request: SizeRequest, task: Task) -> int | None:

@@ -344,12 +344,11 @@ def advice(ways: Sequence[Alternative], hours: Decimal, bought: Priority) -> str
 
     bought: how the budget buys it now; spot counts only where it is bought, for else it is not to be had or not wanted
     """
-    ways = [way for way in ways if bought == "spot" or way.priority != "spot"]
+    by = {way.priority: way for way in ways if bought == "spot" or way.priority != "spot"}
+    on_demand, spot = by.get("on-demand"), by.get("spot")
     if bought in COMMITTED:
-        return f"The budget already commits: {PRIORITY_WORDS[bought]}. {_what_it_saves(ways, bought)}"
-    on_demand = next((way for way in ways if way.priority == "on-demand"), None)
-    spot = next((way for way in ways if way.priority == "spot"), None)
-    year = [way for way in ways if way.priority in ("reserved-1y", "savings-plan-1y")]
+        return f"The budget already commits: {PRIORITY_WORDS[bought]}. {_what_it_saves(by.get(bought), on_demand)}"
+    year = [way for way in by.values() if way.priority in ("reserved-1y", "savings-plan-1y")]
     if not year:
         return "No one-year price is known for this machine here: ask Azure for a quote before you commit."
     best = min(year, key=lambda way: way.usd_per_month)
@@ -378,10 +377,8 @@ def advice(ways: Sequence[Alternative], hours: Decimal, bought: Priority) -> str
     )
 
 
-def _what_it_saves(ways: Sequence[Alternative], bought: Priority) -> str:
+def _what_it_saves(mine: Alternative | None, on_demand: Alternative | None) -> str:
     """What a commitment saves against paying on demand, and whether its price is certain."""
-    by = {way.priority: way for way in ways}
-    mine, on_demand = by.get(bought), by.get("on-demand")
     if mine is None or on_demand is None:
         return "What it saves cannot be said without a price on demand."
     saved = money_figure(on_demand.usd_per_month - mine.usd_per_month)

@@ -200,7 +200,6 @@ def _reserved(intent: Intent, plan: Plan, sheet: PriceSheet) -> WhatIfDraft:
         vm_line(
             sheet,
             key=f"gpu/{pool.name}",
-            group="compute",
             label=f"{pool.sku.removeprefix('Standard_')}, reserved",
             sku=pool.sku,
             region=plan.region,

@@ -10,9 +10,9 @@ from planner.budget.of_plan import memory_curves, reservation_note
 from planner.catalog import load_model
 from planner.catalog.prices import EVERYWHERE, PriceSheet, Priority
 from planner.catalog.scenarios import Item, Scenario, reference
-from planner.cost.lines import Group, Line, alternatives, figure, meter_line, total, vm_line
+from planner.cost.lines import Line, alternatives, figure, group_of, meter_line, total, vm_line
 from planner.cost.schedule import MONTH_HOURS
-from planner.fit import Fit, Settings, Task, candidates
+from planner.fit import Fit, Settings, Task, candidates, default_headroom
 from planner.memory.serving import ServingSettings
 from planner.memory.training import FinetuneSettings
 from planner.model import ModelSpec
@@ -58,17 +58,6 @@ def _is_gpu(item: Item) -> bool:
     return item.key.startswith("gpu/")
 
 
-def _group(item: Item) -> Group:
-    groups: dict[str, Group] = {
-        "gpu": "compute",
-        "people": "people",
-        "storage": "storage",
-        "network": "network",
-        "monitoring": "monitoring",
-    }
-    return groups[item.key.partition("/")[0]]
-
-
 def _line(
     item: Item, sheet: PriceSheet, region: str, *, priority: Priority | None = None, times: int = 1, sku: str = ""
 ) -> Line:
@@ -77,7 +66,6 @@ def _line(
         return vm_line(
             sheet,
             key=item.key,
-            group=_group(item),
             label=item.label,
             sku=sku or item.sku,
             region=region,
@@ -92,7 +80,6 @@ def _line(
         return meter_line(
             sheet,
             key=item.key,
-            group=_group(item),
             label=item.label,
             basis=f"{figure(item.units)} {unit}" if item.meter else LUMP_SUM,
             meter=lump,
@@ -109,7 +96,6 @@ def _sum_of_parts(item: Item, sheet: PriceSheet, region: str) -> Line:
         meter_line(
             sheet,
             key=item.key,
-            group=_group(item),
             label=meter,
             basis="",
             meter=meter,
@@ -124,7 +110,7 @@ def _sum_of_parts(item: Item, sheet: PriceSheet, region: str) -> Line:
     dated = [part.provenance for part in parts if part.provenance is not None]
     return Line(
         key=item.key,
-        group=_group(item),
+        group=group_of(item.key),
         label=item.label,
         basis="; ".join(words for _, _, words in item.parts),
         quantity=Decimal(1),
@@ -236,8 +222,9 @@ def _tasks(scenario: Scenario, context: int) -> list[tuple[Task, ModelSpec, Sett
     spec = load_model(scenario.model)
     tasks: list[tuple[Task, ModelSpec, Settings, float]] = []
     if any(item.key == "gpu/finetune" for item in scenario.items):
-        tasks.append(("finetune", spec, FinetuneSettings(seq_len=context), 0.05))
-    tasks.append(("serve", spec, ServingSettings(max_model_len=context, quantization=scenario.quantization), 0.0))
+        tasks.append(("finetune", spec, FinetuneSettings(seq_len=context), default_headroom("finetune")))
+    serving = ServingSettings(max_model_len=context, quantization=scenario.quantization)
+    tasks.append(("serve", spec, serving, default_headroom("serve")))
     return tasks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import date
 from decimal import Decimal
 from typing import Literal
 
@@ -18,13 +17,6 @@ from planner.units import GIB
 
 Posture = Literal["dev", "prod"]
 OS_DISK_GIB = 128  # what AKS gives a node unless told otherwise; also the size of a P10 disk
-FREE_TIER = Provenance(
-    source="AKS pricing tiers: Free has no fee; a live query of 2026-10-01 saw an open meter of 0.05 USD/h for it",
-    as_of=date(2026, 10, 1),
-    estimate=True,
-    note="no fee by Azure's description, but one reading saw a meter at 0.05 USD an hour: check the first invoice",
-)
-FREE_TIER_SEEN_USD_PER_HOUR = Decimal("0.05")
 MONTH_DAYS = MONTH_HOURS / 24
 Tier = Literal["hot", "cool", "cold", "archive"]
 
@@ -163,7 +155,6 @@ def _people(sheet: PriceSheet, region: str, developers: Developers) -> list[Line
         vm_line(
             sheet,
             key="people/developer-machines",
-            group="people",
             label="Developers' machines",
             sku=developers.sku,
             region=region,
@@ -174,7 +165,6 @@ def _people(sheet: PriceSheet, region: str, developers: Developers) -> list[Line
         meter_line(
             sheet,
             key="people/developer-disks",
-            group="people",
             label="Disks of the developers' machines",
             basis=f"{developers.count} premium disks of {OS_DISK_GIB} GiB (P10), also while machines are off",
             meter="disk-premium-p10",
@@ -191,7 +181,6 @@ def _platform(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad) -
         vm_line(
             sheet,
             key="platform/system-nodes",
-            group="platform",
             label="System nodes of the cluster",
             sku=cluster.system_sku,
             region=region,
@@ -205,7 +194,6 @@ def _platform(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad) -
         meter_line(
             sheet,
             key="platform/os-disks",
-            group="platform",
             label="System disks of the nodes",
             basis=f"{OS_DISK_GIB} GiB premium disks (P10), {figure(disks / MONTH_HOURS, 2)} disk-months",
             meter="disk-premium-p10",
@@ -216,6 +204,8 @@ def _platform(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad) -
         )
     )
     if cluster.tier == "free":
+        fee = assumption("aks_free_tier_usd_per_hour")
+        note = fee.text.rstrip(".")
         lines.append(
             Line(
                 key="platform/control-plane",
@@ -224,15 +214,15 @@ def _platform(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad) -
                 basis="Free tier, no uptime guarantee",
                 quantity=MONTH_HOURS,
                 unit="hour",
-                unit_usd=Decimal(0),
-                low_usd=Decimal(0),
-                usd=Decimal(0),
-                high_usd=FREE_TIER_SEEN_USD_PER_HOUR * MONTH_HOURS,
-                formula="no fee in the Free tier; high: 730 h x 0.05 USD",
-                provenance=FREE_TIER,
+                unit_usd=fee.expected,
+                low_usd=fee.low * MONTH_HOURS,
+                usd=fee.expected * MONTH_HOURS,
+                high_usd=fee.high * MONTH_HOURS,
+                formula=f"no fee in the Free tier; high: {figure(MONTH_HOURS)} h x {fee.high} USD",
+                provenance=Provenance(source=fee.source, as_of=fee.as_of, estimate=fee.estimate, note=note),
                 service="Azure Kubernetes Service",
                 region=region,
-                note=FREE_TIER.note,
+                note=note,
             )
         )
     else:
@@ -240,7 +230,6 @@ def _platform(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad) -
             meter_line(
                 sheet,
                 key="platform/control-plane",
-                group="platform",
                 label="Cluster control plane",
                 basis=f"{cluster.tier} tier, all month",
                 meter=f"aks-{cluster.tier}",
@@ -256,7 +245,6 @@ def _platform(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad) -
             meter_line(
                 sheet,
                 key="platform/registry",
-                group="platform",
                 label="Container registry",
                 basis=f"{cluster.registry} tier",
                 meter=f"acr-{cluster.registry}",
@@ -270,7 +258,6 @@ def _platform(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad) -
             meter_line(
                 sheet,
                 key="platform/image-builds",
-                group="platform",
                 label="Building the training image",
                 basis=f"about {figure(build.expected, 0)} vCPU-seconds",
                 meter="acr-build",
@@ -294,7 +281,6 @@ def _storage(sheet: PriceSheet, region: str, posture: Posture, storage: Storage,
         return meter_line(
             sheet,
             key=f"storage/{key}",
-            group="storage",
             label=label,
             basis=f"{figure(gigabytes, 2)} GB {tier}, {basis}" if basis else f"{figure(gigabytes, 2)} GB {tier}",
             meter=f"blob-{tier}-{kind}",
@@ -339,7 +325,6 @@ def _storage(sheet: PriceSheet, region: str, posture: Posture, storage: Storage,
             meter_line(
                 sheet,
                 key=f"storage/{kind}",
-                group="storage",
                 label=f"Storage {kind}",
                 basis=f"about {figure(operations.expected / 2, 0)} operations",
                 meter=f"blob-hot-{redundancy}-{kind}",
@@ -364,7 +349,6 @@ def _network(sheet: PriceSheet, region: str, cluster: Cluster) -> list[Line]:
         return meter_line(
             sheet,
             key=f"network/{key}",
-            group="network",
             label=label,
             basis=basis,
             meter=meter,
@@ -413,7 +397,6 @@ def _monitoring(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad)
         meter_line(
             sheet,
             key="monitoring/metrics",
-            group="monitoring",
             label="Metrics (managed Prometheus)",
             basis=f"a sample every {cluster.scrape_interval_seconds} s",
             meter="prometheus-samples",
@@ -432,7 +415,6 @@ def _monitoring(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad)
         meter_line(
             sheet,
             key="monitoring/logs",
-            group="monitoring",
             label="Logs (Log Analytics)",
             basis=f"about {figure(logs[1], 1)} GB",
             meter="log-analytics",
@@ -447,7 +429,6 @@ def _monitoring(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad)
             meter_line(
                 sheet,
                 key="monitoring/grafana",
-                group="monitoring",
                 label="Dashboards (managed Grafana)",
                 basis="2 nodes, all month",
                 meter="grafana-node",
@@ -460,7 +441,6 @@ def _monitoring(sheet: PriceSheet, region: str, cluster: Cluster, load: GpuLoad)
             meter_line(
                 sheet,
                 key="monitoring/grafana-users",
-                group="monitoring",
                 label="People who use the dashboards",
                 basis=f"{cluster.grafana_users} in a month",
                 meter="grafana-user",
@@ -478,7 +458,6 @@ def _security(sheet: PriceSheet, region: str, cluster: Cluster) -> list[Line]:
         meter_line(
             sheet,
             key="security/key-vault",
-            group="security",
             label="Key vault",
             basis=f"about {figure(operations.expected, 0)} operations",
             meter="key-vault-operations",
@@ -493,7 +472,6 @@ def _security(sheet: PriceSheet, region: str, cluster: Cluster) -> list[Line]:
             meter_line(
                 sheet,
                 key="security/defender",
-                group="security",
                 label="Microsoft Defender for Containers",
                 basis="by vCPU of the nodes",
                 meter="defender-containers-vcpu",

@@ -39,10 +39,10 @@ class Line(Frozen):
     basis: str
     quantity: Amount
     unit: str
-    unit_usd: Amount | None
-    low_usd: Amount | None
-    usd: Amount | None
-    high_usd: Amount | None
+    unit_usd: Amount | None = None
+    low_usd: Amount | None = None
+    usd: Amount | None = None
+    high_usd: Amount | None = None
     formula: str
     provenance: Provenance | None = None
     service: str = ""
@@ -92,11 +92,24 @@ def counted(units: Decimal, unit: str) -> str:
     return f"{number} {unit}" if units == 1 or unit == "GB" else f"{number} {unit}s"
 
 
+def group_of(key: str) -> Group:
+    """The group of a line, by the first word of its key: `gpu/serve` is compute, `storage/weights` is storage."""
+    groups: dict[str, Group] = {
+        "gpu": "compute",
+        "people": "people",
+        "platform": "platform",
+        "storage": "storage",
+        "network": "network",
+        "monitoring": "monitoring",
+        "security": "security",
+    }
+    return groups[key.partition("/")[0]]
+
+
 def vm_line(
     sheet: PriceSheet,
     *,
     key: str,
-    group: Group,
     label: str,
     sku: str,
     region: str,
@@ -104,7 +117,7 @@ def vm_line(
     count: int,
     hours: Decimal,
     overhead: Overhead | None = None,
-    idle_hours: Amount = Decimal(0),
+    idle_hours: Decimal = Decimal(0),
 ) -> Line:
     """VMs of one size for a month.
 
@@ -120,7 +133,7 @@ def vm_line(
     quantity = billed[1] * count
     common = {
         "key": key,
-        "group": group,
+        "group": group_of(key),
         "label": label,
         "quantity": quantity,
         "unit": "hour",
@@ -134,10 +147,6 @@ def vm_line(
         return Line(
             **common,
             basis=f"{many}{short}, {figure(billed[1], 1)} hours {PRIORITY_WORDS[priority]}",
-            unit_usd=None,
-            low_usd=None,
-            usd=None,
-            high_usd=None,
             formula="unpriced",
             note=why,
         )
@@ -173,14 +182,13 @@ def meter_line(
     sheet: PriceSheet,
     *,
     key: str,
-    group: Group,
     label: str,
     basis: str,
     meter: str,
     region: str,
     units: Decimal | Range,
     service: str,
-    times: Amount = Decimal(1),
+    times: Decimal = Decimal(1),
     why: str = "",
 ) -> Line:
     """A service for a month: `times` accounts or machines, each of `units` (low, expected, high), by the meter's tiers.
@@ -189,17 +197,20 @@ def meter_line(
     """
     spread = units if isinstance(units, tuple) else (units, units, units)
     found = sheet.meter(meter, region)
-    common = {"key": key, "group": group, "label": label, "basis": basis, "service": service, "region": region}
+    common = {
+        "key": key,
+        "group": group_of(key),
+        "label": label,
+        "basis": basis,
+        "service": service,
+        "region": region,
+    }
     quantity = spread[1] * times
     if found is None:
         return Line(
             **common,
             quantity=quantity,
             unit=meter,
-            unit_usd=None,
-            low_usd=None,
-            usd=None,
-            high_usd=None,
             formula="unpriced",
             note=f"the price sheet has no {meter}",
         )
@@ -259,7 +270,7 @@ def alternatives(
     region: str,
     hours: Decimal,
     overhead: Overhead | None = None,
-    idle_hours: Amount = Decimal(0),
+    idle_hours: Decimal = Decimal(0),
 ) -> tuple[Alternative, ...]:
     """Every priced way to run one machine for those hours of work a month, side by side.
 
@@ -273,8 +284,7 @@ def alternatives(
     for offer in (o for o in sheet.offers(sku) if o.region == region):
         line = vm_line(
             sheet,
-            key="",
-            group="compute",
+            key="gpu/",
             label="",
             sku=sku,
             region=region,

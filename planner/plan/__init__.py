@@ -17,7 +17,7 @@ from planner.cost.schedule import MONTH_HOURS
 from planner.cost.spot import Overhead
 from planner.errors import DoesNotFit
 from planner.fit import Misfit
-from planner.memory.serving import ServingMemory
+from planner.memory.serving import ServingMemory, ServingSettings
 from planner.memory.training import TrainingMemory
 from planner.memory.weights import weight_bytes, weight_scheme
 from planner.plan.choices import (
@@ -32,7 +32,6 @@ from planner.plan.choices import (
     no_placement,
     other_vcpus,
     pool_nodes,
-    pool_usd,
     wanted_vcpus,
 )
 from planner.plan.intent import ANY_REGION, FinetuneWorkload, Intent, intents_from_options, parse_intent
@@ -75,24 +74,22 @@ def make_plan(intent: Intent, sheet: PriceSheet) -> Plan:
     jobs = jobs_of(intent)
     regions = sheet.regions if ANY_REGION in intent.regions else tuple(dict.fromkeys(map(sheet.region, intent.regions)))
     quota = {name if name == "*" else sheet.region(name): limit for name, limit in intent.quota.items()}
-    intent_digest = intent.digest
-    intent = intent.model_copy(update={"quota": quota})
+    digest, intent = intent.digest, intent.model_copy(update={"quota": quota})
+    kept = kept_in_blob(jobs)
     preferred = frozenset(intent.prefer_families)
     notes: list[str] = []
     best = None
     if preferred:
-        best, seen = _cheapest_region(intent, jobs, sheet, regions, preferred)
+        best, seen = _cheapest_region(intent, jobs, kept, sheet, regions, preferred)
         if best is None:
             notes.append("no plan stays within the preferred families, so all were searched")
-            preferred = frozenset()
     if best is None:
-        best, seen = _cheapest_region(intent, jobs, sheet, regions, frozenset())
+        best, seen = _cheapest_region(intent, jobs, kept, sheet, regions, frozenset())
     if best is None:
         reasons = "; ".join(dict.fromkeys(f"{s.region}: {s.reason}" for s in seen[:3]))
         more = f" (and {len(seen) - 3} more regions)" if len(seen) > 3 else ""
         raise DoesNotFit(f"no plan fits the intent: {reasons}{more}; allow other regions, sizes or more quota")
-    plan = _plan(intent, jobs, sheet, best, seen, notes)
-    return plan.model_copy(update={"intent_digest": intent_digest})
+    return _plan(digest, intent, jobs, kept, sheet, best, seen, notes)
 
 
 class _Found(NamedTuple):
@@ -105,12 +102,17 @@ class _Found(NamedTuple):
 
 
 def _cheapest_region(
-    intent: Intent, jobs: Sequence[Job], sheet: PriceSheet, regions: Sequence[str], families: frozenset[str]
+    intent: Intent,
+    jobs: Sequence[Job],
+    kept: Kept,
+    sheet: PriceSheet,
+    regions: Sequence[str],
+    families: frozenset[str],
 ) -> tuple[_Found | None, list[RegionConsidered]]:
     """The region with the cheapest plan (ties by name), and what every other came to."""
     found: list[tuple[_Found, frozenset[str]]] = []
     seen = []
-    kept, load = kept_in_blob(jobs), GpuLoad(pod_hours=_pod_hours(jobs))
+    load = GpuLoad(pod_hours=_pod_hours(jobs))
     for region in regions:
         if sheet.rate(intent.cluster.system_sku, region, "on-demand") is None:
             short = intent.cluster.system_sku.removeprefix("Standard_")
@@ -125,7 +127,7 @@ def _cheapest_region(
         search = Search(tables, limit, turns=intent.take_turns, fallback=intent.pricing.fallback_on_demand)
         placement = search.run()
         if placement is None:
-            reason = no_placement(jobs, tables, sheet, region)
+            reason = no_placement(jobs, tables)
             seen.append(RegionConsidered(region=region, usd_per_month=None, reason=reason))
             continue
         around = _cluster(intent, sheet, region, kept, load)
@@ -198,9 +200,8 @@ def kept_in_blob(jobs: Sequence[Job]) -> Kept:
     written = Decimal(0)
     for job in jobs:
         spec, option = job.spec, job.options[0]
-        scheme = weight_scheme(spec, None)
-        if job.workload.kind == "serve":
-            scheme = weight_scheme(spec, getattr(job.settings, "quantization", None))
+        served_as = job.settings.quantization if isinstance(job.settings, ServingSettings) else None
+        scheme = weight_scheme(spec, served_as)
         stored[spec.name, scheme.name] = weight_bytes(spec, scheme)
         memory = option.fit.memory
         if isinstance(memory, TrainingMemory):
@@ -218,8 +219,10 @@ def kept_in_blob(jobs: Sequence[Job]) -> Kept:
 
 
 def _plan(
+    digest: str,
     intent: Intent,
     jobs: Sequence[Job],
+    kept: Kept,
     sheet: PriceSheet,
     found: _Found,
     seen: Sequence[RegionConsidered],
@@ -229,14 +232,14 @@ def _plan(
     names = _pool_names(chosen)
     compute = _compute_lines(intent, jobs, sheet, found.region, chosen)
     load = GpuLoad(pod_hours=_pod_hours(jobs), os_disk_hours=_disk_hours(intent, jobs, chosen))
-    cluster = _cluster(intent, sheet, found.region, kept_in_blob(jobs), load)
+    cluster = _cluster(intent, sheet, found.region, kept, load)
     # to cents, as they are printed: the totals are the sums of what people read
     compute = tuple(line.to_cents() for line in compute)
     lines = (*compute, *(line.to_cents() for line in cluster))
     used = [line.provenance for line in lines if line.provenance is not None]
     unpriced = tuple(line.key for line in lines if not line.priced)
     return Plan(
-        intent_digest=intent.digest,
+        intent_digest=digest,
         region=found.region,
         pools=_pools(intent, jobs, chosen, names, compute),
         workloads=tuple(_placed(jobs[c.job], c, names) for c in chosen),
@@ -249,7 +252,7 @@ def _plan(
         prices=prices_used(sheet, used),
         quota=_quota(intent, found.region, chosen),
         alternatives=_alternatives(intent, jobs, sheet, found.region, chosen, names),
-        considered=tuple(row for job in jobs for row in _considered(intent, job, jobs.index(job), sheet, found)),
+        considered=tuple(row for i, job in enumerate(jobs) for row in _considered(intent, job, i, sheet, found)),
         regions=tuple(_against_best(row, found) for row in seen),
         notes=(*notes, *_notes(intent, jobs, chosen)),
     )
@@ -297,19 +300,17 @@ def _compute_lines(
         if together and choice.pool in done:
             continue
         done.add(choice.pool)
-        people = [jobs[c.job].workload.name for c in (members if together else [choice])]
-        hours = sum((jobs[c.job].hours for c in (members if together else [choice])), Decimal(0))
+        sharing = [jobs[c.job] for c in (members if together else [choice])]
         lines.append(
             vm_line(
                 sheet,
-                key="gpu/" + "+".join(people),
-                group="compute",
-                label=" and ".join(_work_words(jobs[c.job]) for c in (members if together else [choice])),
+                key="gpu/" + "+".join(job.workload.name for job in sharing),
+                label=" and ".join(map(_work_words, sharing)),
                 sku=choice.option.size.name,
                 region=region,
                 priority=choice.priority,
                 count=shared[choice.pool] if together else choice.option.nodes,
-                hours=min(hours, MONTH_HOURS),
+                hours=min(sum((job.hours for job in sharing), Decimal(0)), MONTH_HOURS),
                 overhead=choice.option.overhead,
                 idle_hours=jobs[choice.job].idle_hours,
             )
@@ -472,6 +473,8 @@ def _considered(intent: Intent, job: Job, index: int, sheet: PriceSheet, found: 
     cheapest: dict[str, Choice] = {}
     for choice in choices(job, index, sheet, found.region, shared=False):
         cheapest.setdefault(choice.option.size.name, choice)
+    # taking turns, the search counts a commitment by the pool
+    own = chosen.usd + (chosen.committed_usd if intent.take_turns else Decimal(0))
     limit = limits(intent.quota, found.region, other_vcpus(intent))
     rows = []
     for size, outcome in job.outcomes:
@@ -492,15 +495,12 @@ def _considered(intent: Intent, job: Job, index: int, sheet: PriceSheet, found: 
         if best is None:
             rows.append(_row(job, name, gpus, None, "unpriced", None, f"no price in {found.region}"))
             continue
-        usd = best.usd + (
-            _pool_share(sheet, found.region, best) if intent.take_turns and best is chosen else Decimal(0)
-        )
+        usd = own if best is chosen else best.usd
         if best is chosen:
             why = "the cheapest within the preferred families" if found.families else "the cheapest set of pools has it"
             rows.append(_row(job, name, gpus, best.priority, "chosen", usd, why))
             continue
         broken = exceeded([*others, best], limit, turns=intent.take_turns, fallback=intent.pricing.fallback_on_demand)
-        own = chosen.usd + (_pool_share(sheet, found.region, chosen) if intent.take_turns else Decimal(0))
         if broken:
             rows.append(_row(job, name, gpus, best.priority, "quota", usd, broken))
         elif found.families and size.quota_family not in found.families:
@@ -513,13 +513,6 @@ def _considered(intent: Intent, job: Job, index: int, sheet: PriceSheet, found: 
         key=lambda r: (order[r.verdict] if r.usd_per_month is None else min(order[r.verdict], 1), r.usd_per_month or 0)
     )
     return rows
-
-
-def _pool_share(sheet: PriceSheet, region: str, choice: Choice) -> Decimal:
-    """What a commitment costs that the search counts by pool."""
-    if choice.priority not in COMMITTED:
-        return Decimal(0)
-    return pool_usd(choice.pool, choice.option.nodes, sheet, region)
 
 
 def _row(

@@ -1,4 +1,4 @@
-"""What each workload could run on, and the cheapest way to put them all somewhere: an exact search."""
+"""What each workload could run on and what that costs, and the quotas that bound them all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from planner.cost.cluster import OS_DISK_GIB
 from planner.cost.schedule import MONTH_HOURS, Schedule
 from planner.cost.spot import Overhead, SpotRisk, serving_overhead, training_overhead
 from planner.errors import DoesNotFit, PlannerError
-from planner.fit import Fit, Misfit, Settings, candidates, fit_size, gpu_options
+from planner.fit import Fit, Misfit, Settings, candidates, default_headroom, fit_size, gpu_options
 from planner.memory.training import FinetuneSettings, TrainingMemory
 from planner.model import ModelSpec
 from planner.plan.intent import (
@@ -54,28 +54,23 @@ class Job:
         # a machine that is no longer needed stays a while, each time
         kept = self.schedule.starts_per_month * assumption("scale_down_hours").expected
         self.idle_hours: Decimal = max(min(kept, MONTH_HOURS - self.hours), Decimal(0))
-        self.headroom: float = (
-            intent.headroom if intent.headroom is not None else 0.0 if workload.kind == "serve" else 0.05
-        )
+        self.headroom = default_headroom(workload.kind) if intent.headroom is None else intent.headroom
 
     @cached_property
     def outcomes(self) -> tuple[tuple[VmSku, Fit | Misfit | str], ...]:
         """Every size a plan may choose, smallest first, with how the workload fares there (or why it cannot be)."""
         found: list[tuple[VmSku, Fit | Misfit | str]] = []
+        gpus = stated_gpus(self.workload)
         for size in candidates(retired=bool(self.intent.skus)):
             reason = excluded(size, self.intent.skus)
             if reason:
                 found.append((size, reason))
                 continue
-            if not gpu_options(self.settings, size, stated_gpus(self.workload)):
+            if not gpu_options(self.settings, size, gpus):
                 found.append((size, OUTSIDE_EVERY_VM))
                 continue
-            found.append((size, self._fit(size)))
+            found.append((size, fit_on(self.spec, self.settings, size, self.headroom, gpus)))
         return tuple(found)
-
-    def _fit(self, size: VmSku) -> Fit | Misfit:
-        """The workload on a size; fine-tuning may ask for the memory-efficient attention kernel where that decides."""
-        return fit_on(self.spec, self.settings, size, self.headroom, stated_gpus(self.workload))
 
     @cached_property
     def options(self) -> tuple[Option, ...]:
@@ -205,6 +200,11 @@ class Choice(NamedTuple):
     def pool(self) -> tuple[str, Priority]:
         return self.option.size.name, self.priority
 
+    @property
+    def committed_usd(self) -> Decimal:
+        """USD a month of a commitment's machines, used or not; 0 where nothing is committed."""
+        return self.rate * MONTH_HOURS * self.option.nodes if self.priority in COMMITTED else Decimal(0)
+
 
 class Placement(NamedTuple):
     """Where everything runs: a choice a job, and USD a month for the machines."""
@@ -280,13 +280,6 @@ def machine_rate(size: VmSku, priority: Priority, sheet: PriceSheet, region: str
     return rate if rate is None or disk is None else rate + disk.tiers[-1].usd / MONTH_HOURS
 
 
-def pool_usd(pool: tuple[str, Priority], nodes: int, sheet: PriceSheet, region: str) -> Decimal:
-    """USD a month of a committed pool: machines x 730 h x (hourly price + disk)."""
-    rate = machine_rate(sku(pool[0]), pool[1], sheet, region)
-    assert rate is not None  # it was chosen for having one
-    return rate * MONTH_HOURS * nodes
-
-
 def pool_nodes(chosen: Sequence[Choice], *, turns: bool) -> dict[tuple[str, Priority], int]:
     """Machines of each pool: the most that one job needs when they take turns, else all together."""
     nodes: dict[tuple[str, Priority], int] = {}
@@ -328,7 +321,7 @@ def exceeded(chosen: Sequence[Choice], limit: Limits, *, turns: bool, fallback: 
     return ""
 
 
-def no_placement(jobs: Sequence[Job], tables: Sequence[Sequence[Choice]], sheet: PriceSheet, region: str) -> str:
+def no_placement(jobs: Sequence[Job], tables: Sequence[Sequence[Choice]]) -> str:
     """Why a region holds no placement, in words."""
     for job, table in zip(jobs, tables, strict=True):
         if not table:

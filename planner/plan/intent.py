@@ -311,7 +311,7 @@ def _from_options(options: Mapping[str, Any], context: int) -> dict[str, Any]:
         "model": options["model"],
         "rope_scaling": rope_factor(options["rope_scaling"]),
         "workloads": wanted,
-        "regions": [part.strip() for part in options["region"].split(",") if part.strip()],
+        "regions": region_names(options["region"]),
         "posture": options["posture"],
         "take_turns": options["take_turns"],
         "pricing": {"spot": options["spot"], "commitments": options["commitment"] or ()},
@@ -321,6 +321,11 @@ def _from_options(options: Mapping[str, Any], context: int) -> dict[str, Any]:
         "developers": {"count": options["developers"]},
         "approved_usd_per_month": options["approved"],
     }
+
+
+def region_names(text: str) -> list[str]:
+    """`eastus, westeurope` -> its parts."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _quota_option(text: str) -> tuple[str, int]:

@@ -35,7 +35,7 @@ class Search:
         ]
         # what each job costs at least on machines of its own, and as its part of a commitment that others may share
         self.alone = [_least(c.usd for c in table if not self._shares(c)) for table in self.tables]
-        self.together = [_least(_whole(c) for c in table if self._shares(c)) for table in self.tables]
+        self.together = [_least(c.committed_usd for c in table if self._shares(c)) for table in self.tables]
 
     def _shares(self, choice: Choice) -> bool:
         return self.turns and choice.priority in COMMITTED
@@ -85,7 +85,7 @@ class Search:
         most: dict[tuple[str, Priority], Decimal] = {}
         for choice in chosen:
             if self._shares(choice):
-                most[choice.pool] = max(most.get(choice.pool, Decimal(0)), _whole(choice))
+                most[choice.pool] = max(most.get(choice.pool, Decimal(0)), choice.committed_usd)
         return sum(most.values(), Decimal(0))
 
     def allowed(self, chosen: Sequence[Choice]) -> bool:
@@ -93,11 +93,6 @@ class Search:
         if self.turns and any(hours > MONTH_HOURS for hours in _pool_hours(chosen).values()):
             return False
         return not exceeded(chosen, self.limit, turns=self.turns, fallback=self.fallback)
-
-
-def _whole(choice: Choice) -> Decimal:
-    """USD a month of a commitment's machines."""
-    return choice.rate * MONTH_HOURS * choice.option.nodes
 
 
 def _least(amounts: Iterable[Decimal]) -> Decimal | None:
@@ -175,7 +170,7 @@ def _kept_pools(tables: Sequence[Sequence[Choice]], limit: Limits) -> set[tuple[
         if family != theirs and family.lower() in limit.family:
             return False
         return all(
-            job in one and _whole(one[job]) <= _whole(choice) and one[job].vcpus <= choice.vcpus
+            job in one and one[job].committed_usd <= choice.committed_usd and one[job].vcpus <= choice.vcpus
             for job, choice in other.items()
         )
 

@@ -221,7 +221,7 @@ SHEET = sheet_of(
     ("Standard_NC24ads_A100_v4", "eastus", "reserved-1y", "21033"),
     ("Standard_NC24ads_A100_v4", "eastus", "savings-plan-1y", "3.0574"),
 )
-VM = {"key": "gpu/x", "group": "compute", "label": "x", "sku": "Standard_NC24ads_A100_v4", "region": "eastus"}
+VM = {"key": "gpu/x", "label": "x", "sku": "Standard_NC24ads_A100_v4", "region": "eastus"}
 
 
 def line_of(priority: str, count: int = 1, hours: str = "100") -> Line:
@@ -290,7 +290,6 @@ def test_tiers_are_paid_each_at_its_own_price(gigabytes: str, usd: str) -> None:
     line = meter_line(
         sheet_of(meters=TIERED),
         key="network/egress",
-        group="network",
         label="x",
         basis="",
         meter="egress",
@@ -304,8 +303,7 @@ def test_tiers_are_paid_each_at_its_own_price(gigabytes: str, usd: str) -> None:
 def test_a_service_without_a_price_is_unpriced() -> None:
     line = meter_line(
         SHEET,
-        key="a/b",
-        group="network",
+        key="network/nat",
         label="x",
         basis="",
         meter="nat-gateway",
