@@ -367,7 +367,7 @@ def _placed(job: Job, choice: Choice, names: dict[tuple[str, Priority], str]) ->
     spot = choice.priority == "spot"
     settings: dict[str, str] = {}
     if isinstance(memory, TrainingMemory):
-        settings = {k: str(v) for k, v in memory.settings.model_dump(exclude_none=True, exclude_defaults=True).items()}
+        settings = {k: str(v) for k, v in memory.settings.model_dump(exclude_none=True).items()}
     overhead = choice.option.overhead
     return Placed(
         name=job.workload.name,

@@ -8,7 +8,9 @@ import json
 import re
 from collections.abc import Mapping
 from decimal import Decimal
+from ipaddress import IPv4Network
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
@@ -65,6 +67,11 @@ Vcpus = Annotated[int, Field(ge=0, le=10**7)]
 Tokens = Annotated[int, BeforeValidator(_tokens), Field(ge=1, le=1 << 26)]
 ScheduleText = Annotated[str, BeforeValidator(_schedule)]
 Share = Annotated[Decimal, Field(ge=0, lt=1, decimal_places=6)]
+Email = Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+\.[^@\s]+$", max_length=254)]
+# Azure's limits; these characters it refuses in names
+TagName = Annotated[str, Field(pattern=r"^[^<>%&\\?/]+$", max_length=128)]
+TagValue = Annotated[str, Field(max_length=256)]
+Reason = Annotated[str, Field(pattern=r"\S+\s+\S+", max_length=500)]
 Commitment = Literal["savings-plan-1y", "savings-plan-3y", "reserved-1y", "reserved-3y"]
 
 
@@ -144,6 +151,18 @@ class Quota(Frozen):
         return {quota_family(name): vcpus for name, vcpus in limits.items()}
 
 
+class Access(Frozen):
+    """Who may reach the cluster.
+
+    admin_group_object_ids: Entra ID groups whose members administer it; authorized_ip_ranges: CIDRs that may call its
+    API (none: every address); private_cluster: its API only inside the network (None: what the posture asks for)
+    """
+
+    admin_group_object_ids: tuple[UUID, ...] = Field(default=(), max_length=10)
+    authorized_ip_ranges: tuple[IPv4Network, ...] = Field(default=(), max_length=200)
+    private_cluster: bool | None = None
+
+
 class Intent(Frozen):
     """What a person asks for, as `tonnage:intent` of a stack holds it.
 
@@ -152,6 +171,9 @@ class Intent(Frozen):
     while they fit; skus: only these sizes; take_turns: the workloads never run at the same time, so they may share
     machines; headroom: share of each GPU to leave free (None: as `planner size`)
     approved_usd_per_month: what finance has signed; buffer, request_to: of the budget's request
+    alert_emails: who hears of money and of failures; tags: on every resource, beside the plan's own
+    maintenance: when nodes and the control plane may be upgraded, one window of a week
+    exceptions: policy rules that this stack may break, each with the reason
     """
 
     model: str
@@ -172,6 +194,19 @@ class Intent(Frozen):
     buffer: Share = Decimal("0.20")
     request_to: Decimal = Field(default=Decimal(10), ge=Decimal("0.01"), le=10**6, decimal_places=2)
     owners: dict[str, str] = Field(default_factory=dict)
+    access: Access = Access()
+    alert_emails: tuple[Email, ...] = Field(default=(), max_length=50)
+    tags: dict[TagName, TagValue] = Field(default_factory=dict, max_length=40)
+    maintenance: ScheduleText = "sun 00:00-06:00"
+    exceptions: dict[str, Reason] = Field(default_factory=dict)
+
+    @field_validator("maintenance")
+    @classmethod
+    def _one_window(cls, text: str) -> str:
+        windows = parse_schedule(text).windows
+        if len(windows) != 1 or windows[0].end_minute - windows[0].start_minute < 4 * 60:
+            raise ValueError("maintenance is one window of at least four hours on one day, such as sun 00:00-06:00")
+        return text
 
     @field_validator("skus")
     @classmethod
@@ -193,7 +228,9 @@ class Intent(Frozen):
     @property
     def digest(self) -> str:
         """The first 16 hex digits of the SHA-256 of the intent, by which a plan knows what it answers."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        # without defaults: a field that a later version adds leaves plans of today what they are
+        stated = self.model_dump(mode="json", exclude_defaults=True)
+        text = json.dumps(stated, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -231,7 +268,10 @@ def _plain(value: object) -> object:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return tuple(_plain(inner) for inner in value)
-    return str(value) if isinstance(value, float) else value
+    if isinstance(value, float):
+        # Pulumi hands 600.0 on as 600, and the digest of both must be the same
+        return int(value) if value.is_integer() else str(value)
+    return value
 
 
 def model_of(intent: Intent, workload: ServeWorkload | FinetuneWorkload) -> ModelSpec:

@@ -1,0 +1,116 @@
+"""What the program is told: the plan and its intent, checked, and what follows from them. Reads no config itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from decimal import ROUND_CEILING, Decimal
+
+from pulumi_azure_native import managedidentity
+
+from infra.alerts import Watch, Watched
+from infra.objects import NAMESPACE, start_seconds
+from infra.storage import Grant
+from planner.errors import PlannerError
+from planner.plan import Intent, parse_intent
+from planner.plan.lock import AGAIN, Lock, check_lock, parse_lock
+from planner.stack import INTENT_KEY, PLAN_KEY
+
+# config key -> name in the vault
+SECRETS = {"apiKey": "api-key", "hfToken": "hf-token"}
+MOST_ENDPOINTS = 3  # of storage, vault and registry
+MONTH_DAYS = Decimal(730) / 24
+
+
+def read_plan(intent: object, plan: object) -> tuple[Intent, Lock]:
+    """The intent and the plan of a stack, from its config. PlannerError when they must not be applied."""
+    if intent is None:
+        raise PlannerError(f"the stack has no {INTENT_KEY}: make one with `planner new`, or choose another stack")
+    if plan is None:
+        raise PlannerError(f"the stack has no {PLAN_KEY}: {AGAIN}")
+    wanted, lock = parse_intent(intent, INTENT_KEY), parse_lock(plan, PLAN_KEY)
+    check_lock(lock, wanted, PLAN_KEY)
+    endpoints = lock.around.cluster.private_endpoints or 0
+    if endpoints > MOST_ENDPOINTS:
+        raise PlannerError(
+            f"the intent asks for {endpoints} private endpoints and there are {MOST_ENDPOINTS} services to reach"
+            f" (storage, vault, registry): lower cluster.private_endpoints, then {AGAIN}"
+        )
+    if lock.around.cluster.registry == "none" and "finetune" in tasks(lock):
+        raise PlannerError(
+            f"fine-tuning needs a registry for its image and the intent has none: set cluster.registry, then {AGAIN}"
+        )
+    return wanted, lock
+
+
+def tasks(lock: Lock) -> tuple[str, ...]:
+    """The kinds of workload that a plan has: `finetune`, `serve`."""
+    return tuple(sorted({workload.task for workload in lock.workloads}))
+
+
+def grants(identities: Mapping[str, managedidentity.UserAssignedIdentity]) -> list[Grant]:
+    """Which blobs each kind of workload may read or write: servers read, training writes what it makes."""
+    rights = {
+        "serve": {"models": "Reader", "adapters": "Reader"},
+        "finetune": {
+            "models": "Reader",
+            "datasets": "Reader",
+            "checkpoints": "Contributor",
+            "adapters": "Contributor",
+        },
+    }
+    return [
+        Grant(
+            name=f"{kind}-{container}",
+            principal_id=identity.principal_id,
+            container=container,
+            role=f"Storage Blob Data {right}",
+        )
+        for kind, identity in identities.items()
+        for container, right in rights[kind].items()
+    ]
+
+
+def watched(lock: Lock) -> Watch:
+    """What the alerts look at: the plan's memory, its deadlines, and the machines that it always has."""
+    return Watch(
+        namespace=NAMESPACE,
+        workloads=[
+            Watched(name=w.name, task="serve", gpu_memory_bytes=w.usable_bytes)
+            if w.task == "serve"
+            else Watched(
+                name=w.name,
+                task="train",
+                gpu_memory_bytes=w.needed_bytes,
+                deadline_seconds=int(w.hours_per_month * 3600),
+            )
+            for w in lock.workloads
+        ],
+        pool_minimums={pool.name: pool.min_nodes for pool in lock.pools if pool.min_nodes},
+        start_minutes=max([start_seconds(w) // 60 for w in lock.workloads if w.task == "serve"], default=30),
+    )
+
+
+def needed_secrets(lock: Lock) -> dict[str, str]:
+    """Config keys that the workloads cannot do without, each with the command that sets it."""
+    if any(workload.task == "serve" for workload in lock.workloads):
+        return {"apiKey": 'pulumi config set --secret tonnage:apiKey "$(openssl rand -hex 32)"'}
+    return {}
+
+
+def check_secrets(lock: Lock, stack: str, given: Collection[str], encrypted: Collection[str]) -> None:
+    """PlannerError for a secret that is missing, and for one that lies in the stack file for all to read."""
+    for key, command in needed_secrets(lock).items():
+        if key not in given:
+            raise PlannerError(f"the secret tonnage:{key} is not set: run `{command} --stack {stack}`")
+    plain = sorted(set(given) - set(encrypted))
+    if plain:
+        raise PlannerError(
+            f"tonnage:{plain[0]} is in the stack file in plain text: change that secret where it comes from, and set it"
+            f" with `pulumi config set --secret tonnage:{plain[0]} --stack {stack}`"
+        )
+
+
+def daily_cap_gb(lock: Lock) -> int:
+    """GB of logs a day after which Log Analytics takes no more: three times the plan's average, at least 1."""
+    month = lock.around.cluster.log_gb_per_month or Decimal(0)
+    return max(1, int((month / MONTH_DAYS * 3).to_integral_value(rounding=ROUND_CEILING)))

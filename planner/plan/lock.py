@@ -1,0 +1,330 @@
+"""The lock: what a stack file keeps of a plan, and all that the infrastructure reads. What was decided, not why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from planner.catalog.hardware import VmSku, sku
+from planner.catalog.platform import Platform, platform
+from planner.cost.cluster import OS_DISK_GIB, Cluster, Posture, Storage
+from planner.cost.schedule import Window, parse_schedule
+from planner.errors import DoesNotFit, PlannerError
+from planner.fit import Task
+from planner.model import Amount, Frozen
+from planner.plan.choices import needs_disk
+from planner.plan.intent import Intent, Quota
+from planner.plan.result import Placed, Plan, Pool, PricesUsed
+from planner.units import format_gib, format_usd, round_money
+
+VERSION = 1
+AGAIN = "run `planner plan --stack` and commit the result"
+
+
+class LockedPool(Pool):
+    """A pool with what AKS must be told of its machines.
+
+    os_disk_type: Ephemeral where the machine's own disk is large enough; driver: Install where AKS brings NVIDIA's
+    max_surge: machines that an upgrade may add, as far as the quota is known to allow
+    """
+
+    vcpus_per_node: int
+    ram_gib_per_node: int
+    quota_family: str
+    os_disk_type: Literal["Ephemeral", "Managed"]
+    os_disk_gib: int
+    driver: Literal["Install", "None"]
+    max_surge: int
+    gpu_instance_profile: Literal["MIG1g", "MIG2g", "MIG3g", "MIG4g", "MIG7g"] | None = None
+
+
+class LockedWorkload(Frozen):
+    """A workload as Placed, with its schedule's windows and the memory receipt as expected bytes by component."""
+
+    name: str
+    task: Task
+    model: str
+    hub_id: str | None
+    context: int
+    pool: str
+    replicas: int
+    gpus: int
+    schedule: str
+    windows: tuple[Window, ...] = ()
+    hours_per_month: Amount
+    arguments: tuple[str, ...] = ()
+    settings: dict[str, str] = Field(default_factory=dict)
+    checkpoint_interval_hours: Amount | None = None
+    checkpoint_bytes: int = 0
+    needed_bytes: int
+    usable_bytes: int
+    memory_bytes: dict[str, int]
+
+
+class Around(Frozen):
+    """The cluster around the pools, with every default resolved. maintenance: the window for upgrades, in UTC."""
+
+    posture: Posture
+    cluster: Cluster
+    storage: Storage
+    private_cluster: bool
+    maintenance: Window
+
+
+class Lock(Frozen):
+    """What a stack file keeps of a plan.
+
+    version: of this format; intent: the digest of the intent that it answers; digest: of all the rest
+    low_usd, usd, high_usd: a month, unpriced lines left out; lines_usd: expected by line, None where there is no price
+    quota: vCPUs to have, by the name Azure gives the quota
+    """
+
+    version: Literal[1] = 1
+    intent: str
+    digest: str = ""
+    region: str
+    usd: Amount
+    low_usd: Amount
+    high_usd: Amount
+    approved_usd_per_month: Amount | None
+    pools: tuple[LockedPool, ...]
+    workloads: tuple[LockedWorkload, ...]
+    around: Around
+    platform: Platform
+    quota: dict[str, int]
+    lines_usd: dict[str, Amount | None]
+    prices: PricesUsed
+
+    def plain(self) -> dict[str, Any]:
+        """As a stack file holds it, defaults too: a later version's defaults must not change what was decided."""
+        return self.model_dump(mode="json")
+
+    def pool(self, name: str) -> LockedPool:
+        """The pool of that name; KeyError where there is none."""
+        return {pool.name: pool for pool in self.pools}[name]
+
+
+def lock_of(plan: Plan, intent: Intent) -> Lock:
+    """The lock of a plan. Amounts are rounded to cents: a lock is read by people, and compared by programs."""
+    logs = next((line.quantity for line in plan.lines if line.key == "monitoring/logs"), None)
+    cluster = intent.cluster.resolved(intent.posture).model_copy(update={"log_gb_per_month": logs})
+    redundancy = intent.storage.redundancy or ("zrs" if intent.posture == "prod" else "lrs")
+    private = intent.access.private_cluster
+    lock = Lock(
+        intent=intent.digest,
+        region=plan.region,
+        usd=round_money(plan.usd),
+        low_usd=round_money(plan.low_usd),
+        high_usd=round_money(plan.high_usd),
+        approved_usd_per_month=intent.approved_usd_per_month,
+        pools=tuple(_locked_pool(pool, plan, intent) for pool in plan.pools),
+        workloads=tuple(_locked_workload(placed) for placed in plan.workloads),
+        around=Around(
+            posture=intent.posture,
+            cluster=cluster,
+            storage=intent.storage.model_copy(update={"redundancy": redundancy}),
+            private_cluster=intent.posture == "prod" if private is None else private,
+            maintenance=parse_schedule(intent.maintenance).windows[0],
+        ),
+        platform=platform(),
+        quota={ask.name: ask.vcpus for ask in plan.quota},
+        lines_usd={line.key: None if line.usd is None else round_money(line.usd) for line in plan.lines},
+        prices=plan.prices,
+    )
+    return lock.model_copy(update={"digest": _digest(lock.plain())})
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    """The first 16 hex digits of the SHA-256 of what a lock says."""
+    said = {key: value for key, value in data.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
+
+
+def _locked_pool(pool: Pool, plan: Plan, intent: Intent) -> LockedPool:
+    size = sku(pool.sku)
+    vcpus = size.vcpu or 0
+    managed = needs_disk(size)
+    return LockedPool(
+        **pool.model_dump() | {"usd_per_month": round_money(pool.usd_per_month)},
+        vcpus_per_node=vcpus,
+        ram_gib_per_node=size.ram_gib or 0,
+        quota_family=size.quota_family,
+        os_disk_type="Managed" if managed else "Ephemeral",
+        os_disk_gib=OS_DISK_GIB,
+        driver="None" if size.driver == "rocm" else "Install",
+        max_surge=_surge(pool, size, plan, intent),
+    )
+
+
+def _surge(pool: Pool, size: VmSku, plan: Plan, intent: Intent) -> int:
+    """1 where the quota that the intent states has room for one machine more than all pools need, else 0."""
+    if pool.priority == "spot":
+        return 0  # AKS upgrades spot pools without surge
+    stated = {name.lower().replace(" ", ""): quota for name, quota in intent.quota.items()}
+    limit = stated.get(plan.region, stated.get("*", Quota())).family_vcpus.get(size.quota_family)
+    wanted = next((ask.vcpus for ask in plan.quota if ask.name == size.quota_family), 0)
+    return int(limit is not None and limit >= wanted + (size.vcpu or 0))
+
+
+def _locked_workload(placed: Placed) -> LockedWorkload:
+    shared = placed.model_dump(include=set(LockedWorkload.model_fields))
+    return LockedWorkload(
+        **shared,
+        windows=parse_schedule(placed.schedule).windows,
+        memory_bytes={part.name: part.expected_bytes for part in placed.memory.components},
+    )
+
+
+def parse_lock(data: object, what: str) -> Lock:
+    """The lock in a mapping, as a stack file or Pulumi's config holds it.
+
+    PlannerError for one of a newer version, one that lacks something, and one that was edited by hand.
+    """
+    if not isinstance(data, Mapping):
+        raise PlannerError(f"{what} holds no plan: {AGAIN}")
+    version = data.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise PlannerError(
+            f"{what} was written by a newer Tonnage (format {version}, this one reads {VERSION}): upgrade tonnage"
+        )
+    try:
+        lock = Lock.model_validate(data)
+        intact = lock.digest == _digest(data)
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise PlannerError(f"{what} is not whole (see its {field}): {AGAIN}") from error
+    except (TypeError, ValueError, RecursionError):  # what JSON cannot hold, such as a date that lost its quotes
+        intact = False
+    if not intact:
+        raise PlannerError(f"{what} was edited by hand: edit the intent instead, then {AGAIN}")
+    return lock
+
+
+def check_lock(lock: Lock, intent: Intent, what: str) -> None:
+    """Whether a lock may be applied for that intent. PlannerError when it answers another, or nothing is approved;
+
+    DoesNotFit for a workload beyond its GPU, and for a cost above what is approved.
+    """
+    if lock.intent != intent.digest:
+        raise PlannerError(f"{what} answers another intent than the one beside it: {AGAIN}")
+    for workload in lock.workloads:
+        if workload.needed_bytes > workload.usable_bytes:
+            raise DoesNotFit(
+                f"{workload.name} needs {format_gib(workload.needed_bytes)} of a GPU that has"
+                f" {format_gib(workload.usable_bytes)}: change the intent, then {AGAIN}"
+            )
+    approved = lock.approved_usd_per_month
+    if approved is None:
+        raise PlannerError(
+            "nothing is approved for this stack: write approved_usd_per_month into its intent, which becomes the amount"
+            " of its Azure Budget"
+        )
+    if lock.usd > approved:
+        raise DoesNotFit(
+            f"{what} costs {format_usd(lock.usd)} a month and {format_usd(approved)} is approved: raise the approval or"
+            " change the intent"
+        )
+
+
+_UNSAID = ("digest", "intent", "windows")  # of which people read another field
+_ABSENT = object()
+_WORDS = {
+    "usd": "cost a month",
+    "low_usd": "lowest cost a month",
+    "high_usd": "highest cost a month",
+    "usd_per_month": "cost a month",
+    "approved_usd_per_month": "approved a month",
+    "min_nodes": "minimum of machines",
+    "max_nodes": "maximum of machines",
+    "sku": "size",
+    "gpus_per_node": "GPUs a machine",
+}
+
+
+def changes(old: Lock | None, new: Lock) -> tuple[str, ...]:
+    """What differs between two locks, a line each, in the order of the fields: `pool a100spot: size X -> Y`.
+
+    A pool or workload that comes or goes is one line; what only programs read (digests) is left out.
+    """
+    if old is None:
+        return ("the first plan of this stack",)
+    return tuple(_change(*difference) for difference in _differences(old.plain(), new.plain()))
+
+
+def _differences(
+    before: object, after: object, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object, object]]:
+    """The smallest parts that differ, as path, before, after; _ABSENT where one side has none."""
+    before, after = _by_name(before), _by_name(after)
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in dict.fromkeys((*after, *before)):
+            if key not in _UNSAID:
+                yield from _differences(before.get(key, _ABSENT), after.get(key, _ABSENT), (*path, key))
+    elif before != after:
+        yield path, before, after
+
+
+def _by_name(value: object) -> object:
+    """A list of named things as a mapping; anything else as it is."""
+    if isinstance(value, list) and value and all(isinstance(part, Mapping) and "name" in part for part in value):
+        return {str(part["name"]): {k: v for k, v in part.items() if k != "name"} for part in value}
+    return value
+
+
+def _change(path: tuple[str, ...], before: object, after: object) -> str:
+    *outer, key = path
+    group = outer[0] if outer else ""
+    if group in ("pools", "workloads", "quota", "lines_usd") and len(outer) == 1:
+        what = {"pools": "pool", "workloads": "workload", "quota": "quota", "lines_usd": "cost of"}[group]
+        what = f"{what} {key}"
+    else:
+        where = {"pools": "pool", "workloads": "workload"}.get(group)
+        outer = [where, *outer[1:]] if where else [part for part in outer if part != "around"]
+        what = f"{' '.join(outer)}: ".replace("_bytes", "").replace("_", " ") if outer else ""
+        what += _WORDS.get(key, key.replace("_", " "))
+    unit = "usd" if group == "lines_usd" else "bytes" if "memory_bytes" in outer else key
+    if before is _ABSENT:
+        return f"{what} is new: {_shown(after, unit)}"
+    if after is _ABSENT:
+        return f"{what} is gone: {_shown(before, unit)}"
+    was, now = _shown(before, unit), _shown(after, unit)
+    if was == now:  # bytes that round to the same
+        was, now = str(before), str(after)
+    return f"{what} {was} -> {now}"
+
+
+def _shown(value: object, unit: str) -> str:
+    """A value for people, by the last part of its name."""
+    if isinstance(value, Mapping) and "sku" in value:
+        return f"up to {value['max_nodes']} x {value['sku']}, {value['priority']}"
+    if isinstance(value, Mapping) and "model" in value:
+        return f"{value['model']} at {value['context']:,} tokens on {value['pool']}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if value is None:
+        return "unpriced" if unit == "usd" else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if unit.endswith("bytes") and isinstance(value, int):
+        return format_gib(value)
+    if "usd" in unit.split("_"):
+        return format_usd(Decimal(str(value)))
+    return str(value)
+
+
+def usd_of(lock: Lock, *prefixes: str) -> Decimal | None:
+    """The month's cost of the lines whose key is one of these or lies below it, such as `gpu` for `gpu/serve`.
+
+    None when there is no such line, or one of them has no price.
+    """
+    below = tuple(f"{prefix.rstrip('/')}/" for prefix in prefixes)
+    amounts = [usd for key, usd in lock.lines_usd.items() if key in prefixes or key.startswith(below)]
+    known = [usd for usd in amounts if usd is not None]
+    return sum(known, Decimal(0)) if known and len(known) == len(amounts) else None
