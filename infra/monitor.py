@@ -116,7 +116,7 @@ class Monitor(pulumi.ComponentResource):
         self.workspace_id = workspace.id
         self.workspace_customer_id = workspace.customer_id
         self.azure_monitor_workspace_id = metrics.id
-        self.prometheus_query_endpoint = metrics.metrics.apply(lambda of: of.prometheus_query_endpoint)
+        self.prometheus_query_endpoint = metrics.metrics.prometheus_query_endpoint
         self.data_collection_endpoint_id = endpoint.id
         self.action_group_id = self._action_group(args).id if args.alert_emails else None
         self.grafana_endpoint = self._grafana(args, metrics.id) if args.grafana else None
@@ -168,7 +168,7 @@ class Monitor(pulumi.ComponentResource):
             stack=args.names.stack,
             role="Monitoring Data Reader",
             scope=metrics_id,
-            principal_id=grafana.identity.apply(lambda identity: identity.principal_id if identity else ""),
+            principal_id=grafana.identity.principal_id,
             subscription_id=args.subscription_id,
             parent=self,
         )
@@ -188,7 +188,7 @@ class Monitor(pulumi.ComponentResource):
                 principal_type=authorization.PrincipalType.GROUP,
                 opts=pulumi.ResourceOptions(parent=self),
             )
-        return grafana.properties.apply(lambda of: of.endpoint)
+        return grafana.properties.endpoint
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def watch_of(lock: Lock) -> Watch:
         watched = Watched(placed.name, "serve")
         if placed.task != "serve":
             most, deadline = placed.needed_bytes * RECEIPT_MARGIN, placed.hours_per_month * 3600
-            watched = Watched(placed.name, "train", math.ceil(most), math.ceil(deadline))
+            watched = Watched(placed.name, "train", math.ceil(most), math.ceil(deadline) or None)
         workloads.append(watched)
     starts = [start_seconds(placed) for placed in lock.workloads if placed.task == "serve"]
     minutes = math.ceil((NODE_SECONDS + max(starts, default=0)) / 60)
