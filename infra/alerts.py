@@ -34,15 +34,16 @@ SCRAPED: Mapping[str, tuple[str, ...]] = {
     "vllm": ("vllm:kv_cache_usage_perc", "vllm:num_requests_waiting", "vllm:time_to_first_token_seconds_bucket"),
 }
 
-# XID errors that a program causes rather than the GPU: faults 13 and 31, stopped 43, cleaned up 45
-# source: NVIDIA, XID Errors, https://docs.nvidia.com/deploy/xid-errors/; as_of 2026-11-22
+# XID errors after which the program is to be restarted, if anything: its exceptions 13 and faults 31, 43 of which the
+# driver took notice, 45 where its work was removed
+# source: NVIDIA, Xid Catalog, https://docs.nvidia.com/deploy/xid-errors/analyzing-xid-catalog.html; as_of 2026-11-22
 PROGRAM_XIDS = (13, 31, 43, 45)
 
 IDLE_PERCENT, IDLE_MINUTES = 5, 30
 PENDING_MINUTES = 20  # what a GPU machine takes at most to come, with its driver and the image
 KV_CACHE_FULL = Decimal("0.95")
 
-CRITICAL, ERROR, WARNING, INFORMATION = 0, 1, 2, 3  # Azure Monitor's severities
+ERROR, WARNING, INFORMATION = 1, 2, 3  # of Azure Monitor's five severities
 
 GPU_REQUESTS = "pod:gpu_requests:sum"
 GPU_UTILIZATION = "pod:gpu_utilization_percent:max"
@@ -172,10 +173,11 @@ def _gpus(watch: Watch) -> RuleGroup:
             "GpuProgramFault",
             by_program,
             1,
-            INFORMATION,
+            WARNING,  # no less: 45 also follows a fault of the GPU, and the exporter shows only the last number
             "A program failed on GPU {{ $labels.gpu }} of {{ $labels.Hostname }}, XID {{ $value }}",
-            "Read the log of the pod that ran there. Numbers 13, 31, 43 and 45 come from programs that crash or are"
-            " stopped; drain the node only when other programs fail on it too. The alert ends with the exporter's pod.",
+            "Read the log of the pod that ran there: 13, 31, 43 and 45 come from programs that crash or are stopped. 45"
+            " also follows other errors: when the node's kernel log shows another XID before it, or other programs fail"
+            " there too, drain the node. The alert ends with the exporter's pod.",
         ),
         Alert(
             "GpuIdle",
@@ -333,7 +335,8 @@ def _cluster(watch: Watch) -> RuleGroup:
             f"{pending} and on (cluster, namespace, pod) {GPU_REQUESTS} > 0",
             PENDING_MINUTES,
             WARNING,
-            "{{ $labels.namespace }}/{{ $labels.pod }} has waited for a GPU for more than 20 minutes",
+            "{{ $labels.namespace }}/{{ $labels.pod }} has waited for a GPU for more than"
+            f" {PENDING_MINUTES} minutes",
             "kubectl describe pod shows what the autoscaler tried. Usual causes: the quota of the size's family is used"
             " up, Azure has no spot machine left, or the pool is at its maximum.",
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -11,15 +10,12 @@ from uuid import NAMESPACE_URL, uuid5
 import pulumi
 from pulumi_azure_native import alertsmanagement, authorization, dashboard, monitor, operationalinsights
 
-from infra.alerts import Alert, Recording, RuleGroup, Watch, Watched
+from infra.alerts import Alert, Recording, RuleGroup
 from infra.names import Names, limited
-from infra.objects import NAMESPACE, NODE_SECONDS, start_seconds
 from infra.roles import role_assignment
 from planner.errors import PlannerError
-from planner.plan.lock import Lock
 
 RETENTION_DAYS = 30  # what Log Analytics keeps without a further charge
-RECEIPT_MARGIN = Decimal("1.1")  # an allocator keeps some blocks that nothing needs at the moment
 
 # source: Azure built-in roles, https://learn.microsoft.com/azure/role-based-access-control/built-in-roles/monitor
 GRAFANA_ADMIN = "22926164-76b3-42b3-bc55-97df8dab3e41"
@@ -319,20 +315,6 @@ class ClusterMonitor(pulumi.ComponentResource):
             rules=[_rule(rule, args.action_group_id) for rule in group.rules],
             opts=pulumi.ResourceOptions(parent=self),
         )
-
-
-def watch_of(lock: Lock) -> Watch:
-    """What of a plan is watched. Servers' memory is not: vLLM fills its share of the GPU whatever the receipt says."""
-    workloads = []
-    for placed in lock.workloads:
-        watched = Watched(placed.name, "serve")
-        if placed.task != "serve":
-            most, deadline = placed.needed_bytes * RECEIPT_MARGIN, placed.hours_per_month * 3600
-            watched = Watched(placed.name, "train", math.ceil(most), math.ceil(deadline) or None)
-        workloads.append(watched)
-    starts = [start_seconds(placed) for placed in lock.workloads if placed.task == "serve"]
-    minutes = math.ceil((NODE_SECONDS + max(starts, default=0)) / 60)
-    return Watch(NAMESPACE, workloads, {pool.name: pool.min_nodes for pool in lock.pools}, start_minutes=minutes)
 
 
 def diagnostics(

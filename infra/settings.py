@@ -8,7 +8,7 @@ from decimal import ROUND_CEILING, Decimal
 from pulumi_azure_native import managedidentity
 
 from infra.alerts import Watch, Watched
-from infra.objects import NAMESPACE, start_seconds
+from infra.objects import NAMESPACE, NODE_SECONDS, start_seconds
 from infra.storage import Grant
 from planner.errors import PlannerError
 from planner.plan import Intent, parse_intent
@@ -17,6 +17,7 @@ from planner.stack import INTENT_KEY, PLAN_KEY
 
 # config key -> name in the vault
 SECRETS = {"apiKey": "api-key", "hfToken": "hf-token"}
+SPARE_PERCENT = 10  # of memory that an allocator keeps and does not use
 MOST_ENDPOINTS = 3  # of storage, vault and registry
 MONTH_DAYS = Decimal(730) / 24
 
@@ -34,6 +35,11 @@ def read_plan(intent: object, plan: object) -> tuple[Intent, Lock]:
         raise PlannerError(
             f"the intent asks for {endpoints} private endpoints and there are {MOST_ENDPOINTS} services to reach"
             f" (storage, vault, registry): lower cluster.private_endpoints, then {AGAIN}"
+        )
+    if lock.around.cluster.registry == "none" and endpoints == MOST_ENDPOINTS:
+        raise PlannerError(
+            "the third private endpoint is the registry's and the intent has none: set cluster.private_endpoints to 2,"
+            f" then {AGAIN}"
         )
     if lock.around.cluster.registry == "none" and "finetune" in tasks(lock):
         raise PlannerError(
@@ -71,22 +77,27 @@ def grants(identities: Mapping[str, managedidentity.UserAssignedIdentity]) -> li
 
 
 def watched(lock: Lock) -> Watch:
-    """What the alerts look at: the plan's memory, its deadlines, and the machines that it always has."""
+    """What the alerts look at: training's memory beside the plan's, its hours, and the machines that are always there.
+
+    A server fills its share of the GPU by design: its memory says nothing. Allocators of training keep spare blocks.
+    """
+    servers = [workload for workload in lock.workloads if workload.task == "serve"]
+    start = NODE_SECONDS + max(map(start_seconds, servers), default=0)
     return Watch(
         namespace=NAMESPACE,
         workloads=[
-            Watched(name=w.name, task="serve", gpu_memory_bytes=w.usable_bytes)
-            if w.task == "serve"
+            Watched(name=workload.name, task="serve")
+            if workload.task == "serve"
             else Watched(
-                name=w.name,
+                name=workload.name,
                 task="train",
-                gpu_memory_bytes=w.needed_bytes,
-                deadline_seconds=int(w.hours_per_month * 3600),
+                gpu_memory_bytes=workload.needed_bytes * (100 + SPARE_PERCENT) // 100,
+                deadline_seconds=int(workload.hours_per_month * 3600),
             )
-            for w in lock.workloads
+            for workload in lock.workloads
         ],
         pool_minimums={pool.name: pool.min_nodes for pool in lock.pools if pool.min_nodes},
-        start_minutes=max([start_seconds(w) // 60 for w in lock.workloads if w.task == "serve"], default=30),
+        start_minutes=-(-start // 60),
     )
 
 

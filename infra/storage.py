@@ -103,7 +103,7 @@ class Storage(pulumi.ComponentResource):
         self._service(args)
         made = {kind: self._container(kind, args, keep) for kind in CONTAINERS}
         self.containers = {kind: container.name for kind, container in made.items()}
-        self.ready = [self._grant(grant, args, made) for grant in args.grants]
+        self.ready = [*made.values(), *(self._grant(grant, args, made) for grant in args.grants)]
         if args.endpoints is not None and private:
             self.ready.append(
                 private_endpoint(

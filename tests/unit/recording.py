@@ -51,7 +51,9 @@ def record(
     outputs: Mapping[str, Mapping[str, Any]] | None = None,
     calls: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[Row]:
-    """What the program registers, in the order of registration, as a preview (a plan of creates) sees it.
+    """What the program registers, as a preview (a plan of creates) sees it.
+
+    In the order of registration, which is the same every time only for resources that wait for each other.
 
     Every resource answers with its inputs, its logical name as `name` and `fake_id(name)`; what else Azure computes
     is unknown, save what `outputs` states by logical name (camelCase). `calls` answers functions, by token.
