@@ -67,6 +67,7 @@ e2e: .venv/.synced  ## run the tests against real engines, where there are any
 ifeq ($(E2E_TESTS),)
 	@echo "make e2e: tests/e2e holds no tests yet, so nothing was run"
 else
+	@$(UV) sync --frozen --quiet --group e2e --python "$$(command -v $(PYTHON))"
 	$(VENV)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
 endif
 
@@ -91,7 +92,9 @@ clean:  ## remove what the other commands made in the clone
 
 .venv/.synced: pyproject.toml uv.lock | $(UV) .python
 	$(UV) sync --frozen --quiet --python "$$(command -v $(PYTHON))"
-	@PYTHONDONTWRITEBYTECODE= $(VENV)/planner size --model qwen3-8b --ctx 8k >/dev/null  # writes the bytecode it needs
+	@# both write the bytecode that they need
+	@PYTHONDONTWRITEBYTECODE= $(VENV)/planner size --model qwen3-8b --ctx 8k >/dev/null
+	@PYTHONDONTWRITEBYTECODE= $(VENV)/planner preview --stack dev-32k >/dev/null
 	@touch $@
 
 .tools/bin/uv: | .python

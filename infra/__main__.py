@@ -123,6 +123,7 @@ def main() -> None:
             subscription_id=caller.subscription_id,
             deployer=caller.object_id,
             login=config.get("kubelogin") or "azurecli",
+            apply_system_pool=config.get("systemPool") == "apply",
         ),
     )
     pools = GpuPools(

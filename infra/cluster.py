@@ -19,6 +19,7 @@ from planner.plan.lock import Around, Lock
 
 POD_CIDR, SERVICE_CIDR, DNS_SERVICE_IP = "10.244.0.0/16", "10.0.0.0/16", "10.0.0.10"
 LOGINS = ("azurecli", "workloadidentity", "spn", "msi", "azd")
+SYSTEM = "system"
 SYSTEM_TAINT = "CriticalAddonsOnly=true:NoSchedule"
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
@@ -29,7 +30,7 @@ class ClusterArgs:
 
     roles: assignments that must be there before the cluster can start
     deployer: object id of whoever runs the program, who is made its administrator where the intent names no group
-    login: how programs log in, one of LOGINS
+    login: how programs log in, one of LOGINS; apply_system_pool: change the system pool where the plan has changed it
     """
 
     location: str
@@ -46,6 +47,7 @@ class ClusterArgs:
     subscription_id: pulumi.Input[str]
     deployer: pulumi.Input[str]
     login: str
+    apply_system_pool: bool = False
 
 
 class Cluster(pulumi.ComponentResource):
@@ -153,9 +155,12 @@ class Cluster(pulumi.ComponentResource):
             opts=pulumi.ResourceOptions(
                 parent=self,
                 depends_on=args.roles,
+                # Azure lists every pool there, the GPU pools too; and a change to one sets all of them to Scaling
+                ignore_changes=None if args.apply_system_pool else ["agentPoolProfiles"],
                 custom_timeouts=pulumi.CustomTimeouts(create="40m", update="60m"),
             ),
         )
+        cluster.agent_pool_profiles.apply(lambda profiles: _compare(profiles, around))
         self.id = cluster.id
         self.name = cluster.name
         self.issuer = cluster.oidc_issuer_profile.apply(_issuer)
@@ -208,6 +213,17 @@ class Cluster(pulumi.ComponentResource):
         ]
 
 
+def _compare(profiles: Sequence[aks.outputs.ManagedClusterAgentPoolProfileResponse] | None, around: Around) -> None:
+    """Says so where the system pool is not what the plan pays for: it is changed only when that is asked for."""
+    for pool in profiles or ():
+        there, planned = (pool.count, pool.vm_size), (around.cluster.system_nodes, around.cluster.system_sku)
+        if pool.name == SYSTEM and there != planned:
+            pulumi.warn(
+                f"the system pool is {there[0]} x {there[1]} and the plan says {planned[0]} x {planned[1]}: run `pulumi"
+                " up -c tonnage:systemPool=apply` at a quiet hour, for it sets all pools to Scaling"
+            )
+
+
 def _issuer(profile: aks.outputs.ManagedClusterOIDCIssuerProfileResponse | None) -> str:
     if profile is None or not profile.issuer_url:
         raise PlannerError("the cluster has no OIDC issuer: Azure must enable it before workloads can have identities")
@@ -245,11 +261,12 @@ def _security(around: Around, workspace_id: pulumi.Input[str]) -> aks.ManagedClu
 def _system_pool(around: Around, args: ClusterArgs) -> aks.ManagedClusterAgentPoolProfileArgs:
     """The one inline pool: as many machines as the bill counts. Changing it would touch every other pool."""
     return aks.ManagedClusterAgentPoolProfileArgs(
-        name="system",
+        name=SYSTEM,
         mode=aks.AgentPoolMode.SYSTEM,
         type=aks.AgentPoolType.VIRTUAL_MACHINE_SCALE_SETS,
         count=around.cluster.system_nodes,
         vm_size=around.cluster.system_sku,
+        availability_zones=list(around.cluster.zones) or None,
         os_type="Linux",
         os_sku="Ubuntu",
         os_disk_type="Managed",

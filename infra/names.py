@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from planner.errors import PlannerError
+from planner.stack import check_stack_name
 
 PROJECT = "tonnage"
 
@@ -51,12 +51,8 @@ class Names:
 
 
 def names(stack: str) -> Names:
-    """The names of a stack. PlannerError when its own name has other characters than a-z, 0-9 and -, or is too long."""
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?", stack) or "--" in stack:
-        raise PlannerError(
-            f"{stack[:100]!r} cannot be part of Azure's names: call the stack in lower-case letters, digits and single"
-            " hyphens, such as dev-32k"
-        )
+    """The names of a stack. PlannerError when its own name cannot be part of Azure's, or makes one too long."""
+    check_stack_name(stack)
     base = f"{PROJECT}-{stack}"
     return Names(
         stack=stack,

@@ -376,24 +376,22 @@ def _server(lock: Lock, workload: LockedWorkload, values: Values) -> list[Manife
             },
         },
     )
-    only_spot = all(pool.priority == "spot" for pool in pools_of(lock, workload))
-    # without a fallback there may be no machine for hours, which is no fault of the program's
-    deployment["metadata"]["annotations"] = (
-        {"pulumi.com/skipAwait": "true"} if only_spot else {"pulumi.com/timeoutSeconds": str(NODE_SECONDS + start)}
+    service = _object(
+        "v1",
+        "Service",
+        workload.name,
+        NAMESPACE,
+        spec={"type": "ClusterIP", "selector": labels, "ports": [{"name": "http", "port": 80, "targetPort": "http"}]},
     )
+    # off by schedule, or on spot alone, where there may be no machine for hours: then `pulumi up` must not wait
+    sure = workload.schedule == "always" and any(pool.priority != "spot" for pool in pools_of(lock, workload))
+    for awaited in (deployment, service):
+        awaited["metadata"]["annotations"] = (
+            {"pulumi.com/timeoutSeconds": str(NODE_SECONDS + start)} if sure else {"pulumi.com/skipAwait": "true"}
+        )
     found = [
         deployment,
-        _object(
-            "v1",
-            "Service",
-            workload.name,
-            NAMESPACE,
-            spec={
-                "type": "ClusterIP",
-                "selector": labels,
-                "ports": [{"name": "http", "port": 80, "targetPort": "http"}],
-            },
-        ),
+        service,
         _pod_monitor(workload.name, NAMESPACE, labels, lock, port="http"),
     ]
     if workload.replicas > 1:
@@ -514,12 +512,11 @@ def _share(workload: LockedWorkload, values: Values, container: str) -> tuple[Ma
             "capacity": {"storage": "1Ti"},  # Blob has no size of its own, but the field must be there
             "accessModes": ["ReadOnlyMany" if reads else "ReadWriteMany"],
             "persistentVolumeReclaimPolicy": "Retain",
-            "storageClassName": "",
             "mountOptions": ["-o allow_other", "--file-cache-timeout-in-seconds=120"],
             "claimRef": {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "namespace": NAMESPACE, "name": name},
             "csi": {
                 "driver": "blob.csi.azure.com",
-                "readOnly": reads,
+                **({"readOnly": True} if reads else {}),  # what is empty or false is not kept, and would look changed
                 "volumeHandle": f"{NAMESPACE}-{name}",
                 "volumeAttributes": {
                     "resourceGroup": values.resource_group_name,

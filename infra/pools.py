@@ -11,6 +11,18 @@ from pulumi_azure_native import containerservice as aks
 from planner.plan.lock import LockedPool
 
 GPU_TAINT = "sku=gpu:NoSchedule"
+# what AKS refuses to change on a pool that exists; the provider itself replaces for the machine's size alone
+FIXED = (
+    "availabilityZones",
+    "gpuProfile",
+    "maxPods",
+    "osDiskSizeGB",
+    "osDiskType",
+    "scaleSetEvictionPolicy",
+    "scaleSetPriority",
+    "spotMaxPrice",
+    "vnetSubnetID",
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class GpuPools(pulumi.ComponentResource):
                 parent=self,
                 depends_on=before,
                 ignore_changes=["count"],
+                replace_on_changes=list(FIXED),
                 delete_before_replace=True,  # a pool's name is its own: two cannot have it
                 custom_timeouts=pulumi.CustomTimeouts(create="45m", update="45m", delete="45m"),
             ),

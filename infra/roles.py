@@ -55,6 +55,7 @@ def role_assignment(
         opts=pulumi.ResourceOptions(
             parent=parent,
             delete_before_replace=True,
+            replace_on_changes=["roleDefinitionId"],
             ignore_changes=["principalId", "principalType"] if once else None,
         ),
     )

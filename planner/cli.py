@@ -257,15 +257,63 @@ def plan(
     approved: Annotated[str | None, Option(help="USD a month that are approved.")] = None,
     prices: Prices = None,
     max_price_age: MaxAge = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Do not write the plan into the stack's file.")] = False,
     explain: Annotated[bool, Option("--explain", help="Every formula, size and way to buy.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The cheapest machines that hold the workloads, what a month costs, and why the others lost."""
+    """The cheapest machines that hold the workloads, what a month costs, and why the others lost.
+
+    With --stack the plan goes into stacks/Pulumi.STACK.yaml, where `pulumi up` reads it.
+    """
     from planner import money
 
     done = money.plans({**context.params, "stated": _stated(context)})
+    # before printing: a reader who has seen enough ends the command
+    written = money.lock_plan(done, dry_run=dry_run)
     money.emit_plans(done, as_json=as_json, explain=explain)
+    money.emit_written(done, written, as_json=as_json, dry_run=dry_run)
     money.check(done)
+
+
+@app.command()
+def new(
+    stack: Annotated[str, typer.Argument(metavar="STACK", help="Its name: lower-case letters, digits and hyphens.")],
+    model: Annotated[str | None, Option(help="Catalog name, folder, config.json or hub id.")] = None,
+    ctx: Annotated[str | None, Option("--ctx", "--context", help="Tokens, such as 32k.")] = None,
+    task: Annotated[str | None, Option(help="serve, finetune or both. [default: both]")] = None,
+    posture: Annotated[str | None, Option(help="How the cluster is built: dev or prod. [default: dev]")] = None,
+    region: Annotated[str | None, Option(help="Azure regions allowed, or any. [default: eastus]")] = None,
+    approved: Annotated[str | None, Option(help="USD a month that are approved.")] = None,
+    serve_hours: Annotated[str, Option(help="Serving: always, 60h, or 'mon-fri 08:00-18:00'.")] = "always",
+    finetune_hours: Annotated[str, Option(help="Training: 80h a month, or windows.")] = "80h",
+    spot: Annotated[bool, Option(help="Spot machines are allowed.")] = True,
+    email: Annotated[list[str] | None, Option(help="Who hears of money and failures; may be repeated.")] = None,
+    admin_group: Annotated[list[str] | None, Option(help="Entra ID group (object id) of administrators.")] = None,
+    prices: Prices = None,
+    max_price_age: MaxAge = None,
+) -> None:
+    """A new stack: its intent with comments, and the plan; asks for what is missing."""
+    from planner import new as stacks
+
+    stacks.emit_new(stack, *stacks.new_stack(stack, locals()))
+
+
+@app.command()
+def preview(
+    stack: Annotated[str, Option(help="Preview the stack in stacks/Pulumi.STACK.yaml.")],
+    form: Annotated[
+        Literal["text", "md"], Option("--format", help="text, or md for a comment on a pull request.")
+    ] = "text",
+    as_json: Json = False,
+) -> None:
+    """What `pulumi up` would make and what it costs, without the CLI or an Azure account (extra: infra)."""
+    from planner import preview as previews
+
+    if as_json and form == "md":
+        raise PlannerError("--json and --format md both write to stdout: give one of them")
+    made = previews.preview(stack)
+    previews.emit(made, "json" if as_json else form)
+    previews.check_preview(made)
 
 
 @app.command()

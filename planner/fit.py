@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from planner.catalog.engines import constant, engine, quantization_formats
 from planner.catalog.hardware import Gpu, VmSku, gpu_of, skus, tensor_parallel_options
+from planner.catalog.mig import CutSku, card_of
 from planner.errors import PlannerError
 from planner.memory.serving import ServingMemory, ServingSettings, serving_memory
 from planner.memory.training import FinetuneSettings, TrainingMemory, training_memory
@@ -27,7 +28,7 @@ def default_headroom(task: Task) -> float:
 class Place(Frozen):
     """Where a workload could run: GPUs of one kind, in a VM size or on a desk.
 
-    gpus: how many of them the workload uses; available: how many there are
+    gpus: how many of them the workload uses; available: how many there are; of a size cut by MIG, its devices
     """
 
     gpu: Gpu
@@ -326,12 +327,14 @@ def gpu_options(settings: Settings, size: VmSku, gpus: int | None = None) -> tup
     """How many GPUs of one VM the workload may use.
 
     Exactly `gpus`, or as many as a stated training parallelism asks for, else all that its pipeline stages divide.
+    Of MIG devices one: a process sees no more, and NCCL joins none.
     """
     stages = settings.pipeline_parallel_size if isinstance(settings, ServingSettings) else 1
     if isinstance(settings, FinetuneSettings) and (settings.parallelism != "none" or settings.n_gpus > 1):
         gpus = settings.n_gpus
     options = (gpus,) if gpus else tensor_parallel_options(size)
-    return tuple(count for count in options if count <= (size.gpu_count or 0) and count % stages == 0)
+    most = 1 if isinstance(size, CutSku) else size.gpu_count or 0
+    return tuple(count for count in options if count <= most and count % stages == 0)
 
 
 def fit_size(
@@ -348,7 +351,7 @@ def fit_size(
     gpus: exactly so many instead. search_context: False leaves largest_context of a Fit at 0, which is quicker.
     Raises PlannerError where the size cannot be planned.
     """
-    card = gpu_of(size)
+    card = card_of(size)
     available = size.gpu_count or 0
     options = gpu_options(settings, size, gpus)
     if not options:

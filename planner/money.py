@@ -22,11 +22,13 @@ from planner.files import write_atomically
 from planner.plan import Intent, Plan, intents_from_options, make_plan, over_budget, parse_intent
 from planner.plan.beside import Beside, beside_reference
 from planner.plan.intent import ANY_REGION, region_names
+from planner.plan.lock import Lock, check_lock, lock_of
 from planner.report import money as report
 from planner.report import put
-from planner.stack import read_intent
+from planner.stack import Written, read_intent, write_lock
 
 OLD_DAYS, LIMIT_DAYS = 45, 365
+CHANGES_SHOWN = 12
 Format = Literal["md", "html", "json", "csv"]
 
 
@@ -43,10 +45,12 @@ def plans(options: Mapping[str, Any]) -> Planned:
     """The plan of a stack or of the options; with several contexts, one a context beside the reference's choices."""
     sheet = load_sheet(options["prices"])
     if options["stack"]:
-        ignored = sorted(options["stated"] - {"stack", "prices", "max_price_age", "explain", "as_json"})
+        ignored = sorted(options["stated"] - {"stack", "prices", "max_price_age", "explain", "as_json", "dry_run"})
         if ignored:
             flag = ignored[0].replace("_", "-")
             raise PlannerError(f"the intent of stack {options['stack']} decides that: drop --{flag}, or edit it there")
+    elif options["dry_run"]:
+        raise PlannerError("without --stack nothing is written: drop --dry-run")
     intents = (read_intent(options["stack"]),) if options["stack"] else intents_from_options(options)
     if len(intents) > 1:
         rows = beside_reference(intents, sheet)
@@ -76,6 +80,42 @@ def check(done: Planned) -> None:
         sentence = over_budget(made, intent)
         if sentence:
             raise DoesNotFit(sentence)
+
+
+def lock_plan(done: Planned, *, dry_run: bool) -> Written | None:
+    """Write a stack's plan into its file when it may be applied, or could be once it is approved; else None.
+
+    dry_run: write nothing, and say what would change. DoesNotFit for what `pulumi up` would refuse.
+    """
+    if done.stack is None or over_budget(done.plans[0], done.intents[0]):
+        return None
+    return write_lock(done.stack, lock_for(done.plans[0], done.intents[0]), dry_run=dry_run)
+
+
+def lock_for(plan: Plan, intent: Intent) -> Lock:
+    """The lock of a plan that `pulumi up` would take, once it is approved. DoesNotFit as check_lock."""
+    lock = lock_of(plan, intent)
+    if intent.approved_usd_per_month is not None:  # finance may sign after it has seen the plan
+        check_lock(lock, intent, "the plan")
+    return lock
+
+
+def emit_written(done: Planned, written: Written | None, *, as_json: bool, dry_run: bool) -> None:
+    """What changed in the stack file: after the plan on stdout, or beside its JSON on stderr."""
+    if written is None:
+        return
+    shown, rest = written.changes[:CHANGES_SHOWN], len(written.changes) - CHANGES_SHOWN
+    verb = "would be written" if dry_run else "is written"
+    lines = [f"{written.path}: the plan {verb if written.changes else 'is current, nothing changed'}"]
+    lines += [f"  {line}" for line in shown]
+    lines += [f"  and {rest} more, in `git diff {written.path}`"] if rest > 0 else []
+    if done.intents[0].approved_usd_per_month is None:
+        lines.append("nothing is approved yet: `pulumi up` waits for approved_usd_per_month in the intent")
+    text = "".join(f"{line}\n" for line in lines)
+    if as_json:
+        sys.stderr.write(text)
+    else:
+        put(text)
 
 
 def check_age(lines: Sequence[Line | BudgetLine], sheet: PriceSheet, options: Mapping[str, Any]) -> None:

@@ -15,12 +15,12 @@ import yaml
 from planner.errors import PlannerError
 from planner.files import write_atomically
 from planner.plan import Intent, parse_intent
-from planner.plan.lock import AGAIN, Lock, changes, parse_lock
+from planner.plan.lock import AGAIN, Lock, changes, check_version, parse_lock
 
 FOLDER = Path("stacks")
 INTENT_KEY = "tonnage:intent"
 PLAN_KEY = "tonnage:plan"
-LONGEST_NAME = 32  # Azure takes 44 characters for a data collection endpoint, tonnage-STACK-dce
+LONGEST_NAME = 28  # Azure takes 44 characters for a data collection endpoint, tonnage-STACK-metrics
 _NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}"
 
 
@@ -95,13 +95,15 @@ def write_lock(stack: str, lock: Lock, *, dry_run: bool = False) -> Written:
     """Put a plan into a stack file, in place of the one it holds; dry_run: only say what would change.
 
     Everything else of the file stays as it is, byte for byte. PlannerError when that cannot be made sure, when the
-    plan answers another intent than the file's, and when the file cannot be written.
+    plan answers another intent than the file's, when the old plan is a newer Tonnage's, and when the file cannot be
+    written.
     """
     path = stack_path(stack)
     text = _read(path)
     config = _config(_load(text, path))
     if _intent(config, path).digest != lock.intent:
         raise PlannerError(f"the intent in {path} was changed while it was planned for: {AGAIN}")
+    check_version(config.get(PLAN_KEY), f"{path}, {PLAN_KEY}")
     differs: tuple[str, ...]
     try:
         before = parse_lock(config[PLAN_KEY], PLAN_KEY) if PLAN_KEY in config else None

@@ -1,5 +1,5 @@
 """Rebuild what is generated: docs/cli.md from the commands' help, docs/validation.md from the measurements,
-docs/scenarios.md from the price sheets, and the output that the README shows.
+docs/scenarios.md from the price sheets, docs/policy.md from the rules, and the output that the README shows.
 
 `python scripts/docs.py` writes them; `python scripts/docs.py --check` exits 1 when one is out of date.
 """
@@ -21,8 +21,10 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("size",),
     ("models",),
     ("skus",),
+    ("new",),
     ("plan",),
     ("budget",),
+    ("preview",),
     ("prices",),
     ("prices", "refresh"),
     ("compare",),
@@ -46,6 +48,13 @@ def cli_page() -> str:
         text = "\n".join(line.rstrip() for line in result.stdout.strip("\n").splitlines())
         parts.append(f"\n## `{' '.join(('planner', *command))}`\n\n```text\n{text}\n```\n")
     return "".join(parts)
+
+
+def policy_page() -> str:
+    """Every rule of the policy, with the public rules that it answers."""
+    from infra.policy import policy_table
+
+    return GENERATED + policy_table()
 
 
 def validation_page() -> str:
@@ -169,6 +178,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "docs/cli.md": cli_page,
     "docs/validation.md": validation_page,
     "docs/scenarios.md": scenarios_page,
+    "docs/policy.md": policy_page,
     "README.md": readme_page,
 }
 

@@ -1,6 +1,7 @@
 """The command lines whose whole output the tests compare with tests/golden, and the way to rebuild those files.
 
-`python scripts/golden.py` (make golden) writes them; `git diff tests/golden` then shows what readers will see change.
+`python scripts/golden.py` (make golden) writes them, after the plans in the shipped stacks; `git diff tests/golden
+stacks` then shows what readers will see change.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ CASES: tuple[Case, ...] = (
     Case("models", ("models",)),
     Case("models-code", ("models", "--use-case", "code", "--recommend")),
     Case("skus", ("skus",)),
-    Case("plan-dev-32k", ("plan", "--stack", "dev-32k"), warns=True),
+    Case("plan-dev-32k", ("plan", "--stack", "dev-32k", "--dry-run"), warns=True),
     Case("plan-explain", ("plan", *PLAN, "--explain", "--region", "eastus,westeurope"), columns=(160,), warns=True),
     Case("plan-json", ("plan", *PLAN, "--json"), columns=(80,), suffix="json", warns=True),
     Case(
@@ -119,6 +120,21 @@ def run(argv: tuple[str, ...], columns: int = 80) -> Outcome:
     return Outcome(code, stdout.getvalue(), stderr.getvalue())
 
 
+def replan() -> list[Path]:
+    """Write the plan of every shipped stack into its file; returns the files that changed."""
+    from planner.stack import stack_names, stack_path
+
+    changed = []
+    for stack in stack_names():
+        before = stack_path(stack).read_bytes()
+        outcome = run(("plan", "--stack", stack))
+        if outcome.exit_code:
+            raise SystemExit(f"planner plan --stack {stack} ended with {outcome.exit_code}: {outcome.stderr}")
+        if stack_path(stack).read_bytes() != before:
+            changed.append(stack_path(stack).absolute())
+    return changed
+
+
 def rebuild() -> list[Path]:
     """Write every golden file whose text has changed and remove those that no case names; returns them."""
     GOLDEN.mkdir(exist_ok=True)
@@ -141,5 +157,6 @@ def rebuild() -> list[Path]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
-    rebuilt = rebuild()
+    os.chdir(ROOT)
+    rebuilt = replan() + rebuild()
     print("\n".join(str(file.relative_to(ROOT)) for file in rebuilt) or "every golden file is as it was")

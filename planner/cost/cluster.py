@@ -24,7 +24,8 @@ Tier = Literal["hot", "cool", "cold", "archive"]
 class Cluster(Frozen):
     """The cluster beside its GPU pools. None: what the posture asks for.
 
-    system_sku, system_nodes: of the system pool; tier: of the control plane; registry: of the container registry
+    system_sku, system_nodes: of the system pool; zones: its availability zones, where the region has them
+    tier: of the control plane; registry: of the container registry
     private_endpoints: how many; egress_gb_per_month: answers and downloads that leave Azure
     grafana_users: active in a month; scrape_interval_seconds: of managed Prometheus
     log_gb_per_month: None follows from the nodes
@@ -32,6 +33,7 @@ class Cluster(Frozen):
 
     system_sku: str = "Standard_D4s_v5"
     system_nodes: int | None = Field(default=None, ge=1, le=100)
+    zones: tuple[Literal["1", "2", "3"], ...] = ()
     tier: Literal["free", "standard", "premium"] | None = None
     registry: Literal["basic", "standard", "premium", "none"] | None = None
     private_endpoints: int | None = Field(default=None, ge=0, le=100)

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 from planner.catalog.assumptions import assumption
 from planner.catalog.hardware import VmSku, cpu_size, gpu_of, sku
+from planner.catalog.mig import cut
 from planner.catalog.prices import COMMITTED, PriceSheet, Priority
 from planner.cost.cluster import OS_DISK_GIB
 from planner.cost.schedule import MONTH_HOURS, Schedule
 from planner.cost.spot import Overhead, SpotRisk, serving_overhead, training_overhead
 from planner.errors import DoesNotFit, PlannerError
-from planner.fit import Fit, Misfit, Settings, candidates, default_headroom, fit_size, gpu_options
+from planner.fit import Fit, Misfit, Settings, candidates, default_headroom, fit_size, gpu_options, gpus_of
 from planner.memory.training import FinetuneSettings, TrainingMemory
 from planner.model import ModelSpec
 from planner.plan.intent import (
@@ -55,17 +56,28 @@ class Job:
         kept = self.schedule.starts_per_month * assumption("scale_down_hours").expected
         self.idle_hours: Decimal = max(min(kept, MONTH_HOURS - self.hours), Decimal(0))
         self.headroom = default_headroom(workload.kind) if intent.headroom is None else intent.headroom
+        if intent.gpu_instance_profile and gpus_of(self.settings) > 1:
+            raise PlannerError(
+                f"{workload.name} asks for {gpus_of(self.settings)} GPUs, and MIG devices cannot be joined: leave out"
+                " gpu_instance_profile, or take one device (tensor_parallel_size, pipeline_parallel_size and n_gpus 1)"
+            )
 
     @cached_property
     def outcomes(self) -> tuple[tuple[VmSku, Fit | Misfit | str], ...]:
         """Every size a plan may choose, smallest first, with how the workload fares there (or why it cannot be)."""
         found: list[tuple[VmSku, Fit | Misfit | str]] = []
-        gpus = stated_gpus(self.workload)
+        gpus, profile = stated_gpus(self.workload), self.intent.gpu_instance_profile
         for size in candidates(retired=bool(self.intent.skus)):
             reason = excluded(size, self.intent.skus)
             if reason:
                 found.append((size, reason))
                 continue
+            if profile:
+                part = cut(size, profile)
+                if part is None:
+                    found.append((size, f"its GPUs cannot be cut into {profile}"))
+                    continue
+                size = part
             if not gpu_options(self.settings, size, gpus):
                 found.append((size, OUTSIDE_EVERY_VM))
                 continue

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from planner.catalog import load_model
 from planner.catalog.hardware import quota_families, sku
+from planner.catalog.mig import Profile
 from planner.catalog.prices import Priority
 from planner.cost.cluster import Cluster, Developers, Posture, Storage
 from planner.cost.schedule import Schedule, parse_schedule
@@ -168,8 +169,9 @@ class Intent(Frozen):
 
     model: catalog name, folder, config.json or hub id; rope_scaling: factor by which contexts are extended
     regions: allowed ones, or `any`; quota: by region, `*` for all; prefer_families: quota families to stay within
-    while they fit; skus: only these sizes; take_turns: the workloads never run at the same time, so they may share
-    machines; headroom: share of each GPU to leave free (None: as `planner size`)
+    while they fit; skus: only these sizes; gpu_instance_profile: every GPU is cut into MIG devices, of which a replica
+    takes one; take_turns: the workloads never run at the same time, so they may share machines
+    headroom: share of each GPU to leave free (None: as `planner size`)
     approved_usd_per_month: what finance has signed; buffer, request_to: of the budget's request
     alert_emails: who hears of money and of failures; tags: on every resource, beside the plan's own
     maintenance: when nodes and the control plane may be upgraded, one window of a week
@@ -185,6 +187,7 @@ class Intent(Frozen):
     quota: dict[str, Quota] = Field(default_factory=dict)
     prefer_families: tuple[str, ...] = ()
     skus: tuple[str, ...] = ()
+    gpu_instance_profile: Profile | None = None
     take_turns: bool = False
     headroom: float | None = Field(default=None, ge=0, lt=1)
     cluster: Cluster = Cluster()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from planner.catalog.hardware import VmSku, sku
+from planner.catalog.mig import Profile
 from planner.catalog.platform import Platform, platform
 from planner.cost.cluster import OS_DISK_GIB, Cluster, Posture, Storage
 from planner.cost.schedule import Window, parse_schedule
@@ -31,6 +32,7 @@ class LockedPool(Pool):
 
     os_disk_type: Ephemeral where the machine's own disk is large enough; driver: Install where AKS brings NVIDIA's
     max_surge: machines that an upgrade may add, as far as the quota is known to allow
+    gpu_instance_profile: how its GPUs are cut by MIG; gpus_per_node then counts the devices
     """
 
     vcpus_per_node: int
@@ -40,7 +42,7 @@ class LockedPool(Pool):
     os_disk_gib: int
     driver: Literal["Install", "None"]
     max_surge: int
-    gpu_instance_profile: Literal["MIG1g", "MIG2g", "MIG3g", "MIG4g", "MIG7g"] | None = None
+    gpu_instance_profile: Profile | None = None
 
 
 class LockedWorkload(Frozen):
@@ -158,6 +160,7 @@ def _locked_pool(pool: Pool, plan: Plan, intent: Intent) -> LockedPool:
         os_disk_gib=OS_DISK_GIB,
         driver="None" if size.driver == "rocm" else "Install",
         max_surge=_surge(pool, size, plan, intent),
+        gpu_instance_profile=intent.gpu_instance_profile,
     )
 
 
@@ -187,11 +190,7 @@ def parse_lock(data: object, what: str) -> Lock:
     """
     if not isinstance(data, Mapping):
         raise PlannerError(f"{what} holds no plan: {AGAIN}")
-    version = data.get("version")
-    if isinstance(version, int) and version > VERSION:
-        raise PlannerError(
-            f"{what} was written by a newer Tonnage (format {version}, this one reads {VERSION}): upgrade tonnage"
-        )
+    check_version(data, what)
     try:
         lock = Lock.model_validate(data)
         intact = lock.digest == _digest(data)
@@ -203,6 +202,15 @@ def parse_lock(data: object, what: str) -> Lock:
     if not intact:
         raise PlannerError(f"{what} was edited by hand: edit the intent instead, then {AGAIN}")
     return lock
+
+
+def check_version(data: object, what: str) -> None:
+    """PlannerError for a lock of a newer version, which must be neither read nor replaced."""
+    version = data.get("version") if isinstance(data, Mapping) else None
+    if isinstance(version, int) and version > VERSION:
+        raise PlannerError(
+            f"{what} was written by a newer Tonnage (format {version}, this one reads {VERSION}): upgrade tonnage"
+        )
 
 
 def check_lock(lock: Lock, intent: Intent, what: str) -> None:

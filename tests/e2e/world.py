@@ -5,7 +5,10 @@ What happens between them is pretended here: the machines of AKS pools, which co
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +25,6 @@ from pulumi_cli import Project, Result
 from standin import serve
 from standin.serve import Standins
 
-from planner.cli import app
 from planner.plan import Intent, parse_intent
 from planner.plan.lock import Lock, parse_lock
 
@@ -90,16 +92,12 @@ class World:
 
     def plan(self) -> None:
         """`planner plan --stack` in the copy."""
-        import contextlib
-        import os
-
-        before = Path.cwd()
-        try:
-            os.chdir(self.project.path)
-            with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
-                app(["plan", "--stack", self.stack, "--prices", "2026-11"], standalone_mode=False)
-        finally:
-            os.chdir(before)
+        command = [sys.executable, "-m", "planner", "plan", "--stack", self.stack, "--prices", "2026-11"]
+        environment = {**os.environ, "PYTHONPATH": str(self.project.path)}
+        done = subprocess.run(
+            command, cwd=self.project.path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
 
     def running(self) -> dict[str, list[str]]:
         """Names of running pods of the workloads, by the pool that each runs in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from typing import Any
 
+import pulumi
 import pytest
 import yaml
 from locks import STACKS, planned, served, shipped
@@ -12,7 +13,7 @@ from recording import Row, fake_id, named, one, record
 
 from infra.cluster import Cluster, ClusterArgs, for_programs
 from infra.identity import Federation, FederationArgs, Identities, IdentitiesArgs
-from infra.names import names
+from infra.names import limited, names
 from infra.pools import GpuPools, GpuPoolsArgs
 from infra.tags import tags
 from planner.errors import PlannerError
@@ -20,7 +21,7 @@ from planner.plan import Intent
 from planner.plan.lock import Lock
 
 GROUP, SUBNET, WORKSPACE = "group", "/subnets/nodes", "/workspaces/logs"
-ANSWERS = {
+ANSWERS: dict[str, dict[str, Any]] = {
     "kubelet": {"principalId": "kubelet-principal", "clientId": "kubelet-client"},
     "cluster": {
         "identity": {"type": "UserAssigned"},  # Azure answers a mapping to what is asked as a list
@@ -162,6 +163,22 @@ def test_there_is_one_inline_pool_for_the_systems_own_pods() -> None:
     assert "enableAutoScaling" not in pool  # the bill counts a fixed number
 
 
+def test_the_system_pool_is_changed_only_when_asked_and_the_difference_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(pulumi, "warn", said.append)
+    intent, lock = shipped("dev-32k")
+    rows = build(intent, lock)
+    assert one(rows, ":ManagedCluster").options["ignoreChanges"] == ["agentPoolProfiles"]
+    assert said == []
+    there = {"name": "system", "count": 5, "vmSize": "Standard_D4s_v5"}  # as Azure has it, and the plan says 2
+    monkeypatch.setitem(ANSWERS["cluster"], "agentPoolProfiles", [there, {"name": "a100spot", "count": 1}])
+    build(intent, lock)
+    assert len(said) == 1
+    assert said[0].startswith("the system pool is 5 x Standard_D4s_v5 and the plan says 2 x Standard_D4s_v5: run")
+
+
 def test_the_network_is_overlay_with_cilium_and_leaves_by_the_load_balancer_of_the_bill() -> None:
     network = cluster_of("dev-32k")["networkProfile"]
     assert (network["networkPlugin"], network["networkPluginMode"]) == ("azure", "overlay")
@@ -224,6 +241,7 @@ def test_each_pool_is_what_the_plan_says(stack: str) -> None:
         assert (inputs["mode"], inputs["enableAutoScaling"]) == ("User", True)
         assert row.options["ignoreChanges"] == ["count"]
         assert row.options["deleteBeforeReplace"] is True
+        assert {"scaleSetPriority", "spotMaxPrice", "osDiskType"} <= set(row.options["replaceOnChanges"])
         assert row.options["timeouts"]["create"] == "45m"
 
 
@@ -291,16 +309,17 @@ def test_a_kubeconfig_with_a_certificate_in_it_is_refused() -> None:
         for_programs(text, "azurecli")
 
 
-@pytest.mark.parametrize("stack", ["Dev", "dev_32k", "a--b", "-a", "a.b"])
+@pytest.mark.parametrize("stack", ["Dev", "dev_32k", "a--b", "-a", "a.b", "a" * 29])
 def test_a_stack_whose_name_azure_would_refuse_is_refused_first(stack: str) -> None:
-    with pytest.raises(PlannerError, match="cannot be part of Azure's names: call the stack in lower-case"):
+    with pytest.raises(PlannerError, match="cannot be part of Azure's names: call the stack in at most 28 lower-case"):
         names(stack)
 
 
 def test_a_name_that_grows_too_long_says_by_how_much() -> None:
-    names("a" * 46)  # tonnage- and 46 letters are 54, what a DNS prefix may have
-    with pytest.raises(PlannerError, match=r"the DNS prefix would be called .*, 55 characters where Azure takes 54"):
-        names("a" * 47)
+    with pytest.raises(
+        PlannerError, match=r"would be called a{50}, 50 characters where Azure takes 44: .* shorter by 6"
+    ):
+        limited("data collection endpoint", "a" * 50)
 
 
 def test_tags_of_ones_own_stand_beside_tonnages_and_do_not_replace_them() -> None:

@@ -221,7 +221,7 @@ def test_a_secret_in_plain_text_is_refused_without_printing_it() -> None:
 
 def test_a_stack_name_that_azure_would_not_take_is_refused() -> None:
     assert "cannot be part of Azure's names" in refused(config_of(), stack="Dev_32k")
-    assert "Azure takes 54" in refused(config_of(), stack="a-name-that-is-much-too-long-for-the-name-of-a-cluster")
+    assert "at most 28 lower-case" in refused(config_of(), stack="a-name-that-is-much-too-long-for-azure")
 
 
 def test_more_endpoints_than_services_are_refused() -> None:

@@ -1,0 +1,1 @@
+"""Stand-ins for the azure-native and kubernetes providers, over Pulumi's own provider protocol."""
