@@ -20,7 +20,18 @@ from infra.objects import NAMESPACE, Values, manifests
 from infra.pools import GpuPools, GpuPoolsArgs
 from infra.registry import Registry, RegistryArgs
 from infra.release import Release, ReleaseArgs
-from infra.settings import SECRETS, check_secrets, daily_cap_gb, grants, read_plan, tasks, watched
+from infra.roles import deployer_type
+from infra.settings import (
+    SECRETS,
+    check_secrets,
+    daily_cap_gb,
+    grants,
+    people_grants,
+    read_plan,
+    tasks,
+    unbought,
+    watched,
+)
 from infra.storage import Storage, StorageArgs
 from infra.tags import tags
 from infra.vault import Vault, VaultArgs
@@ -43,7 +54,11 @@ def main() -> None:
     secrets = {key: value for key in SECRETS if (value := config.get_secret(key)) is not None}
     check_secrets(lock, stack, secrets, [key for key in secrets if pulumi.runtime.is_config_secret(f"tonnage:{key}")])
     caller = authorization.get_client_config_output()
+    caller_type = caller.client_id.apply(deployer_type)
+    groups = [str(group_id) for group_id in intent.access.admin_group_object_ids]
 
+    for sentence in unbought(lock):
+        pulumi.warn(sentence)
     named, around, kinds = names(stack), lock.around, tasks(lock)
     tagged = tags(stack, around.posture, intent.tags)
     group = resources.ResourceGroup("group", resource_group_name=named.group, location=lock.region, tags=tagged)
@@ -56,7 +71,8 @@ def main() -> None:
         IdentitiesArgs(
             **place,
             subscription_id=caller.subscription_id,
-            nodes_subnet_id=network.nodes_subnet_id,
+            # a private cluster also ties its DNS zone to the network
+            network_scope=network.vnet_id if around.private_cluster else network.nodes_subnet_id,
             workloads=kinds,
         ),
     )
@@ -68,8 +84,9 @@ def main() -> None:
             subscription_id=caller.subscription_id,
             nodes_subnet_id=network.nodes_subnet_id,
             endpoints=network.endpoints,
-            grants=grants(identities.workloads),
+            grants=[*grants(identities.workloads), *people_grants(groups, caller.object_id, caller_type)],
             protect=protect,
+            allowed_networks=intent.access.authorized_ip_ranges,
         ),
     )
     vault = Vault(
@@ -106,7 +123,7 @@ def main() -> None:
             daily_cap_gb=daily_cap_gb(lock),
             alert_emails=intent.alert_emails,
             grafana=around.cluster.grafana,
-            grafana_admin_group_ids=[str(group_id) for group_id in intent.access.admin_group_object_ids],
+            grafana_admin_group_ids=groups,
         ),
     )
     cluster = Cluster(
@@ -119,9 +136,12 @@ def main() -> None:
             control_plane=identities.control_plane,
             kubelet=identities.kubelet,
             workspace_id=monitor.workspace_id,
-            roles=identities.roles,
+            # what else is made first gives Azure the minutes that it takes to heed a role
+            roles=[*identities.roles, *storage.ready, *vault.ready, *(registry.ready if registry else ())],
             subscription_id=caller.subscription_id,
             deployer=caller.object_id,
+            deployer_type=caller_type,
+            resource_group_id=group.id,
             login=config.get("kubelogin") or "azurecli",
             apply_system_pool=config.get("systemPool") == "apply",
         ),
@@ -156,7 +176,7 @@ def main() -> None:
             data_collection_endpoint_id=monitor.data_collection_endpoint_id,
             groups=rule_groups(watched(lock)),
             action_group_id=monitor.action_group_id,
-            storage_account_id=storage.account_id,
+            blob_service_id=storage.blob_service_id,
             vault_id=vault.vault_id,
         ),
     )

@@ -302,7 +302,7 @@ def _training(watch: Watch, trainings: Sequence[Watched]) -> RuleGroup:
             ERROR,
             "{{ $labels.job_name }} has given up",
             "kubectl logs of its last pod says why. Its newest checkpoint is in the container checkpoints: mend the"
-            " cause, delete the Job, and `pulumi up --refresh` starts another that goes on from there.",
+            " cause, delete the Job, make it again with `pulumi up`, and start it: it goes on from there.",
         )
     ]
     if late:

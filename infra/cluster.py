@@ -29,7 +29,8 @@ class ClusterArgs:
     """lock: the plan; access: of the intent; nodes_subnet_id: where nodes join; workspace_id: Log Analytics
 
     roles: assignments that must be there before the cluster can start
-    deployer: object id of whoever runs the program, who is made its administrator where the intent names no group
+    deployer, deployer_type: object id and kind of whoever runs the program, who is made its administrator where the
+    intent names no group
     login: how programs log in, one of LOGINS; apply_system_pool: change the system pool where the plan has changed it
     """
 
@@ -46,6 +47,8 @@ class ClusterArgs:
     roles: Sequence[pulumi.Resource]
     subscription_id: pulumi.Input[str]
     deployer: pulumi.Input[str]
+    deployer_type: pulumi.Input[authorization.PrincipalType]
+    resource_group_id: pulumi.Input[str]
     login: str
     apply_system_pool: bool = False
 
@@ -68,6 +71,7 @@ class Cluster(pulumi.ComponentResource):
         super().__init__("tonnage:infra:Cluster", name, {}, opts)
         if args.login not in LOGINS:
             raise PlannerError(f"tonnage:kubelogin is {args.login!r}: set it to one of {', '.join(LOGINS)}")
+        administrator = self._administrator(args)  # before the cluster: it takes minutes until Azure heeds a role
         around, tier = args.lock.around, str(args.lock.around.cluster.tier)
         cluster = aks.ManagedCluster(
             "cluster",
@@ -154,7 +158,7 @@ class Cluster(pulumi.ComponentResource):
             },
             opts=pulumi.ResourceOptions(
                 parent=self,
-                depends_on=args.roles,
+                depends_on=[*args.roles, *administrator],
                 # Azure lists every pool there, the GPU pools too; and a change to one sets all of them to Scaling
                 ignore_changes=None if args.apply_system_pool else ["agentPoolProfiles"],
                 custom_timeouts=pulumi.CustomTimeouts(create="40m", update="60m"),
@@ -165,7 +169,7 @@ class Cluster(pulumi.ComponentResource):
         self.name = cluster.name
         self.issuer = cluster.oidc_issuer_profile.apply(_issuer)
         self.kubeconfig = _kubeconfig(cluster, args)
-        self.ready = [*self._maintenance(args), *self._administrator(args)]
+        self.ready = [*self._maintenance(args), *administrator]
         self.register_outputs({"name": self.name, "issuer": self.issuer})
 
     def _maintenance(self, args: ClusterArgs) -> list[pulumi.Resource]:
@@ -197,17 +201,16 @@ class Cluster(pulumi.ComponentResource):
         """Somebody must be able to apply objects: members of the intent's groups, else who made the cluster."""
         if args.access.admin_group_object_ids:
             return []
-        kinds = authorization.PrincipalType
         return [
             role_assignment(
                 "deployer-administers-cluster",
                 stack=args.names.stack,
                 role="Azure Kubernetes Service RBAC Cluster Admin",
-                scope=self.id,
+                scope=args.resource_group_id,
                 principal_id=args.deployer,
                 subscription_id=args.subscription_id,
                 parent=self,
-                principal_type=kinds.USER if args.login in ("azurecli", "azd") else kinds.SERVICE_PRINCIPAL,
+                principal_type=args.deployer_type,
                 once=True,
             )
         ]
@@ -235,7 +238,7 @@ def _api_server(around: Around, access: Access) -> aks.ManagedClusterAPIServerAc
     if around.private_cluster:
         return aks.ManagedClusterAPIServerAccessProfileArgs(
             enable_private_cluster=True,
-            enable_private_cluster_public_fqdn=False,
+            enable_private_cluster_public_fqdn=True,  # the name resolves everywhere, to an address inside
             private_dns_zone="system",
             disable_run_command=True,
         )

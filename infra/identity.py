@@ -16,14 +16,14 @@ AUDIENCE = "api://AzureADTokenExchange"  # what Entra ID asks of a token that Ku
 
 @dataclass(frozen=True)
 class IdentitiesArgs:
-    """nodes_subnet_id: where the cluster's nodes join the network; workloads: kinds of workload, one identity each."""
+    """network_scope: what the control plane may change of the network; workloads: kinds, one identity each."""
 
     location: str
     resource_group_name: pulumi.Input[str]
     tags: Mapping[str, str]
     names: Names
     subscription_id: pulumi.Input[str]
-    nodes_subnet_id: pulumi.Input[str]
+    network_scope: pulumi.Input[str]
     workloads: Sequence[str]
 
 
@@ -59,7 +59,7 @@ class Identities(pulumi.ComponentResource):
                 "control-plane-joins-network",
                 stack=args.names.stack,
                 role="Network Contributor",
-                scope=args.nodes_subnet_id,
+                scope=args.network_scope,
                 principal_id=self.control_plane.principal_id,
                 subscription_id=args.subscription_id,
                 parent=self,

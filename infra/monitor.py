@@ -191,7 +191,7 @@ class Monitor(pulumi.ComponentResource):
 class ClusterMonitorArgs:
     """groups: the rules, of rule_groups; action_group_id: None lets them fire unheard
 
-    storage_account_id, vault_id: whose reads and writes are logged too; None: not
+    blob_service_id, vault_id: whose reads and writes are logged too; None: not
     """
 
     location: str
@@ -204,7 +204,7 @@ class ClusterMonitorArgs:
     data_collection_endpoint_id: pulumi.Input[str]
     groups: Sequence[RuleGroup]
     action_group_id: pulumi.Input[str] | None = None
-    storage_account_id: pulumi.Input[str] | None = None
+    blob_service_id: pulumi.Input[str] | None = None
     vault_id: pulumi.Input[str] | None = None
 
 
@@ -218,9 +218,8 @@ class ClusterMonitor(pulumi.ComponentResource):
         self._collect_metrics(args)
         self._collect_logs(args)
         diagnostics("cluster", args.cluster_id, CLUSTER_LOGS, args.workspace_id, parent=self, own_tables=True)
-        if args.storage_account_id is not None:
-            blobs = pulumi.Output.concat(args.storage_account_id, "/blobServices/default")
-            diagnostics("blobs", blobs, BLOB_LOGS, args.workspace_id, parent=self)
+        if args.blob_service_id is not None:
+            diagnostics("blobs", args.blob_service_id, BLOB_LOGS, args.workspace_id, parent=self)
         if args.vault_id is not None:
             diagnostics("vault", args.vault_id, VAULT_LOGS, args.workspace_id, parent=self, own_tables=True)
         self.rule_group_ids = {group.name: self._rules(group, args).id for group in args.groups}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pulumi
 from pulumi_azure_native import network, privatedns
@@ -39,10 +39,14 @@ class NetworkArgs:
 
 @dataclass(frozen=True)
 class Endpoints:
-    """Where private endpoints go. zone_ids: the DNS zone by kind, of those kinds that have an endpoint."""
+    """Where private endpoints go.
+
+    zone_ids: the DNS zone by kind, of those kinds that have an endpoint; made: the endpoints so far
+    """
 
     subnet_id: pulumi.Output[str]
     zone_ids: Mapping[str, pulumi.Output[str]]
+    made: list[pulumi.Resource] = field(default_factory=list)
 
 
 class Network(pulumi.ComponentResource):
@@ -173,8 +177,10 @@ def private_endpoint(
         private_link_service_connections=[
             network.PrivateLinkServiceConnectionArgs(name=kind, private_link_service_id=target_id, group_ids=[kind])
         ],
-        opts=pulumi.ResourceOptions(parent=parent),
+        # one after another: Azure refuses endpoints that are written to one subnet at the same time
+        opts=pulumi.ResourceOptions(parent=parent, depends_on=endpoints.made[-1:]),
     )
+    endpoints.made.append(endpoint)
     return network.PrivateDnsZoneGroup(
         kind,
         private_dns_zone_group_name="default",

@@ -19,8 +19,34 @@ GPU = "nvidia.com/gpu"
 NODE_SECONDS = 20 * 60  # until a GPU machine is there, its driver installed and its images pulled
 READ_BYTES_PER_SECOND = 50_000_000  # weights from the hub or Blob into the machine, when it goes badly
 PORT = 8000
+# variable -> secret of the vault, by kind of workload: nobody mounts what is not theirs
+NEEDED_SECRETS = {
+    "serve": {"VLLM_API_KEY": "api-key", "HF_TOKEN": "hf-token"},
+    "finetune": {"HF_TOKEN": "hf-token"},
+}
+SAVE_STEPS = 50  # a step takes seconds to a minute: an eviction costs less than an hour of work
+# `trl sft` with what a pod that may be evicted needs: data first, the newest whole checkpoint, and the result kept
+TRAINER = """
+import os, shutil, subprocess, sys
+from pathlib import Path
+
+def option(name):
+    return next(a.partition("=")[2] for a in sys.argv[1:] if a.startswith(f"--{name}="))
+
+out, kept = Path(option("output_dir")), Path(os.environ["RESULT_DIR"])
+if not any(Path(option("dataset_name")).iterdir()):
+    sys.exit("there is no dataset: upload one to the container `datasets`, then start the run again")
+whole = [p.parent for p in out.glob("checkpoint-*/trainer_state.json")]
+newest = max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
+resume = [] if newest is None else [f"--resume_from_checkpoint={newest}"]
+code = subprocess.run(["trl", "sft", *sys.argv[1:], *resume]).returncode
+if code == 0:
+    shutil.copytree(out, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
+sys.exit(code)
+"""
 # Azure's own Kubernetes service keeps the rest of a node for itself and its agents
 CPU_SHARE, MEMORY_REQUEST_SHARE, MEMORY_LIMIT_SHARE = 0.75, 0.6, 0.8
+KEPT_VCPUS = 1.5  # of a small machine: its kubelet, network, logs, metrics and the GPU's own agents
 
 Manifest = dict[str, Any]
 
@@ -103,8 +129,12 @@ def _gpu_plumbing(lock: Lock) -> list[Manifest]:
         "env": [
             {"name": "FAIL_ON_INIT_ERROR", "value": "false"},
             {"name": "MIG_STRATEGY", "value": "single" if mig else "none"},
+            *([{"name": "NVIDIA_MIG_MONITOR_DEVICES", "value": "all"}] if mig else []),
         ],
-        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        # MIG devices are watched through a capability of the driver's
+        "securityContext": {"capabilities": {"add": ["SYS_ADMIN"]}}
+        if mig
+        else {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
         "resources": _small("64Mi"),
         "volumeMounts": [{"name": "kubelet", "mountPath": "/var/lib/kubelet/device-plugins"}],
     }
@@ -202,7 +232,8 @@ def _service_account(workload: LockedWorkload, values: Values) -> Manifest:
 
 def _secrets(workload: LockedWorkload, values: Values) -> Manifest:
     """Which secrets of the vault the workload's pods mount, as its identity; also kept as a Secret for variables."""
-    listed = "".join(f"  - |\n    objectName: {name}\n    objectType: secret\n" for name in values.secrets)
+    names = [name for name in NEEDED_SECRETS[workload.task].values() if name in values.secrets]
+    listed = "".join(f"  - |\n    objectName: {name}\n    objectType: secret\n" for name in names)
     return _object(
         "secrets-store.csi.x-k8s.io/v1",
         "SecretProviderClass",
@@ -221,10 +252,10 @@ def _secrets(workload: LockedWorkload, values: Values) -> Manifest:
                 {
                     "secretName": f"{workload.name}-{SECRETS}",
                     "type": "Opaque",
-                    "data": [{"objectName": name, "key": name} for name in values.secrets],
+                    "data": [{"objectName": name, "key": name} for name in names],
                 }
             ]
-            if values.secrets
+            if names
             else [],
         },
     )
@@ -294,7 +325,7 @@ def _resources(pool: LockedPool, workload: LockedWorkload) -> Manifest:
     memory = pool.ram_gib_per_node * share
     return {
         "requests": {
-            "cpu": f"{int(pool.vcpus_per_node * share * CPU_SHARE * 1000)}m",
+            "cpu": f"{int(min(pool.vcpus_per_node * CPU_SHARE, pool.vcpus_per_node - KEPT_VCPUS) * share * 1000)}m",
             "memory": f"{int(memory * MEMORY_REQUEST_SHARE)}Gi",
             GPU: str(workload.gpus),
         },
@@ -302,7 +333,7 @@ def _resources(pool: LockedPool, workload: LockedWorkload) -> Manifest:
     }
 
 
-def _environment(workload: LockedWorkload, values: Values, wanted: Mapping[str, str]) -> list[Manifest]:
+def _environment(workload: LockedWorkload, values: Values) -> list[Manifest]:
     """Variables: every cache in the volume that the user may write to, and those secrets that the vault has."""
     plain = {
         "HOME": "/cache",
@@ -313,13 +344,14 @@ def _environment(workload: LockedWorkload, values: Values, wanted: Mapping[str, 
         "TRITON_CACHE_DIR": "/cache/triton",
     }
     found: list[Manifest] = [{"name": name, "value": value} for name, value in plain.items()]
-    for variable, secret in wanted.items():
+    for variable, secret in NEEDED_SECRETS[workload.task].items():
         if secret in values.secrets:
             source = {"secretKeyRef": {"name": f"{workload.name}-{SECRETS}", "key": secret}}
             found.append({"name": variable, "valueFrom": source})
     return found
 
 
+SHARES = ("datasets", "checkpoints", "adapters")  # containers of the storage account that a run mounts
 MOUNTS = (
     {"name": "cache", "mountPath": "/cache"},
     {"name": "shm", "mountPath": "/dev/shm"},
@@ -351,7 +383,7 @@ def _server(lock: Lock, workload: LockedWorkload, values: Values) -> list[Manife
             f"--port={PORT}",
             *workload.arguments,
         ],
-        "env": _environment(workload, values, {"VLLM_API_KEY": "api-key", "HF_TOKEN": "hf-token"}),
+        "env": _environment(workload, values),
         "ports": [{"name": "http", "containerPort": PORT}],
         "startupProbe": health | {"periodSeconds": 10, "failureThreshold": start // 10},
         "readinessProbe": health | {"periodSeconds": 5, "failureThreshold": 2},
@@ -445,29 +477,31 @@ def _training(lock: Lock, workload: LockedWorkload, values: Values) -> list[Mani
     """A training Job whose pods outlive evictions: they are retried without counting as failures."""
     name = f"{workload.name}-{_fingerprint(lock, workload)}"
     labels = {"app.kubernetes.io/name": "finetune", "app.kubernetes.io/instance": workload.name}
-    claims = [_share(workload, values, container) for container in ("datasets", "checkpoints")]
+    claims = [_share(workload, values, container) for container in SHARES]
     container = {
         "name": "trainer",
         "image": values.train_image,
-        "command": ["trl", "sft"],
-        "args": [f"--{option}={value}" for option, value in _options(workload).items()],
-        "env": _environment(workload, values, {"HF_TOKEN": "hf-token"}),
+        "command": ["python", "-c", TRAINER],
+        "args": [f"--{option}={value}" for option, value in _options(lock, workload, name).items()],
+        "env": [
+            *_environment(workload, values),
+            {"name": "RESULT_DIR", "value": f"/adapters/{name}-$(JOB_COMPLETION_INDEX)"},
+        ],
         "volumeMounts": [
             *MOUNTS,
             {"name": "datasets", "mountPath": "/datasets", "readOnly": True},
             {"name": "checkpoints", "mountPath": "/checkpoints"},
+            {"name": "adapters", "mountPath": "/adapters"},
         ],
     }
-    volumes = [
-        {"name": kind, "persistentVolumeClaim": {"claimName": f"{workload.name}-{kind}"}}
-        for kind in ("datasets", "checkpoints")
-    ]
+    volumes = [{"name": kind, "persistentVolumeClaim": {"claimName": f"{workload.name}-{kind}"}} for kind in SHARES]
     job = _object(
         "batch/v1",
         "Job",
         name,
         NAMESPACE,
         spec={
+            "suspend": True,  # nobody pays for a machine before the data is there and somebody starts the run
             "completionMode": "Indexed",  # runs at the same time must not write over each other
             "parallelism": workload.replicas,
             "completions": workload.replicas,
@@ -544,24 +578,32 @@ def _share(workload: LockedWorkload, values: Values, container: str) -> tuple[Ma
     return volume, claim
 
 
-def _options(workload: LockedWorkload) -> dict[str, str]:
+def _options(lock: Lock, workload: LockedWorkload, run: str) -> dict[str, str]:
     """TRL's options for a run: what the plan's memory rests on, and checkpoints by which an evicted run goes on."""
     settings = workload.settings
     method = settings.get("method", "qlora")
+    weights = settings.get("weights_dtype", "bf16")
+    bf16 = lock.pool(workload.pool).supports_bf16
+    dtype = {"bf16": "bfloat16" if bf16 else "float16", "fp16": "float16", "fp32": "float32"}[weights]
     found = {
         "model_name_or_path": workload.hub_id or workload.model,
         "dataset_name": "/datasets",
-        "output_dir": f"/checkpoints/{workload.name}-$(JOB_COMPLETION_INDEX)",
+        "output_dir": f"/checkpoints/{run}-$(JOB_COMPLETION_INDEX)",  # another run must not go on from these
         "max_length": str(workload.context),
         "per_device_train_batch_size": settings.get("micro_batch", "1"),
         "gradient_accumulation_steps": settings.get("gradient_accumulation_steps", "1"),
+        "dtype": dtype,
+        "bf16": str(bf16).lower(),
+        "fp16": str(not bf16).lower(),
         "save_strategy": "steps",
-        "save_total_limit": "2",
+        "save_steps": str(SAVE_STEPS),
+        "save_total_limit": str(lock.around.storage.checkpoints_kept or 1),
     }
     if method != "full":
         found |= {
             "use_peft": "true",
             "lora_r": settings.get("lora_rank", "16"),
+            "lora_dropout": settings.get("lora_dropout", "0.0"),
             "lora_target_modules": settings.get("lora_targets", "all-linear"),
         }
     if method in ("qlora", "qdora"):

@@ -59,9 +59,10 @@ class GpuPools(pulumi.ComponentResource):
             type=aks.AgentPoolType.VIRTUAL_MACHINE_SCALE_SETS,
             vm_size=pool.sku,
             enable_auto_scaling=True,
-            min_count=pool.min_nodes,
+            # pods keep the machines that they need; a minimum above the machines of the moment would be refused
+            min_count=0,
             max_count=pool.max_nodes,
-            count=pool.min_nodes,  # Azure asks for it at some updates; afterwards the autoscaler decides
+            count=0,  # Azure asks for it at some updates; afterwards the autoscaler decides
             scale_down_mode=aks.ScaleDownMode.DELETE,
             scale_set_priority=aks.ScaleSetPriority.SPOT if spot else aks.ScaleSetPriority.REGULAR,
             scale_set_eviction_policy=aks.ScaleSetEvictionPolicy.DELETE if spot else None,

@@ -42,7 +42,6 @@ class Release(pulumi.ComponentResource):
             "cluster",
             kubeconfig=args.kubeconfig,
             cluster_identifier=args.cluster_id,
-            delete_unreachable=True,  # a cluster that is gone has taken its objects along
             opts=pulumi.ResourceOptions(parent=self),
         )
         self.objects = {}
@@ -66,12 +65,18 @@ class Release(pulumi.ComponentResource):
                 parent=self,
                 provider=provider,
                 depends_on=depends_on,
-                # the schedule or a person decides how many run: KEDA, kubectl scale
-                ignore_changes=["spec.replicas"] if kind == "Deployment" and not manifest["spec"]["replicas"] else None,
+                ignore_changes=_left_alone(manifest),
                 delete_before_replace=True,  # names are fixed, and a GPU is not there twice
             ),
         )
         return self.objects[key]
+
+
+def _left_alone(manifest: Manifest) -> list[str] | None:
+    """What the schedule or a person decides: how many servers run (KEDA, kubectl scale), whether a run has started."""
+    if manifest["kind"] == "Deployment" and not manifest["spec"]["replicas"]:
+        return ["spec.replicas"]
+    return ["spec.suspend"] if manifest["kind"] == "Job" else None
 
 
 def _rank(manifest: Manifest) -> int:

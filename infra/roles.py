@@ -21,6 +21,15 @@ ROLES = {
 }
 
 
+AZURE_CLI = "04b07795-8ddb-461a-bbee-02f9e1bf7b46"  # the client id under which a person's `az login` acts
+
+
+def deployer_type(client_id: str) -> authorization.PrincipalType:
+    """Whether a person or a program runs `pulumi up`, by the client id of its login: Azure asks for it at each role."""
+    kinds = authorization.PrincipalType
+    return kinds.USER if client_id.lower() == AZURE_CLI else kinds.SERVICE_PRINCIPAL
+
+
 def role_assignment(
     name: str,
     *,
@@ -30,7 +39,7 @@ def role_assignment(
     principal_id: pulumi.Input[str],
     subscription_id: pulumi.Input[str],
     parent: pulumi.Resource,
-    principal_type: authorization.PrincipalType = authorization.PrincipalType.SERVICE_PRINCIPAL,
+    principal_type: pulumi.Input[authorization.PrincipalType] = authorization.PrincipalType.SERVICE_PRINCIPAL,
     once: bool = False,
 ) -> authorization.RoleAssignment:
     """Gives a principal, a managed identity unless principal_type says otherwise, a role on a scope.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 
-from pulumi_azure_native import managedidentity
+import pulumi
+from pulumi_azure_native import authorization, managedidentity
 
 from infra.alerts import Watch, Watched
 from infra.objects import NAMESPACE, NODE_SECONDS, start_seconds
@@ -35,6 +36,12 @@ def read_plan(intent: object, plan: object) -> tuple[Intent, Lock]:
         raise PlannerError(
             f"the intent asks for {endpoints} private endpoints and there are {MOST_ENDPOINTS} services to reach"
             f" (storage, vault, registry): lower cluster.private_endpoints, then {AGAIN}"
+        )
+    kept = lock.around.storage
+    if "archive" in (kept.datasets_tier, kept.adapters_tier) and "finetune" in tasks(lock):
+        raise PlannerError(
+            "training cannot read from the archive tier nor write to it: set storage.datasets_tier and"
+            f" storage.adapters_tier to hot, cool or cold, then {AGAIN}"
         )
     if lock.around.cluster.registry == "none" and endpoints == MOST_ENDPOINTS:
         raise PlannerError(
@@ -73,6 +80,18 @@ def grants(identities: Mapping[str, managedidentity.UserAssignedIdentity]) -> li
         )
         for kind, identity in identities.items()
         for container, right in rights[kind].items()
+    ]
+
+
+def people_grants(
+    groups: Sequence[str], deployer: pulumi.Input[str], kind: pulumi.Input[authorization.PrincipalType]
+) -> list[Grant]:
+    """Who may upload data and read results: the intent's groups, else whoever made the stack."""
+    role = "Storage Blob Data Contributor"
+    if not groups:
+        return [Grant("deployer-uploads", deployer, None, role, kind, once=True)]
+    return [
+        Grant(f"group-{group[:8]}-uploads", group, None, role, authorization.PrincipalType.GROUP) for group in groups
     ]
 
 
@@ -119,6 +138,16 @@ def check_secrets(lock: Lock, stack: str, given: Collection[str], encrypted: Col
             f"tonnage:{plain[0]} is in the stack file in plain text: change that secret where it comes from, and set it"
             f" with `pulumi config set --secret tonnage:{plain[0]} --stack {stack}`"
         )
+
+
+def unbought(lock: Lock) -> list[str]:
+    """What the plan counts on and no program buys: reservations and savings plans."""
+    return [
+        f"pool {pool.name} is planned as {pool.priority}: buy that for {pool.max_nodes} x {pool.sku} in the Azure"
+        " portal, until then its machines cost the price on demand"
+        for pool in lock.pools
+        if pool.priority not in ("spot", "on-demand")
+    ]
 
 
 def daily_cap_gb(lock: Lock) -> int:

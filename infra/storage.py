@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 
 import pulumi
-from pulumi_azure_native import storage
+from pulumi_azure_native import authorization, storage
 
 from infra.names import Names
 from infra.network import Endpoints, private_endpoint
@@ -21,18 +22,24 @@ CHECKPOINT_DAYS = 30
 
 @dataclass(frozen=True)
 class Grant:
-    """A managed identity's right to blobs: of one container, or of the whole account where that is None."""
+    """Somebody's right to blobs: of one container, or of the whole account where that is None.
+
+    principal_type, once: as of role_assignment
+    """
 
     name: str
     principal_id: pulumi.Input[str]
     container: str | None
     role: str
+    principal_type: pulumi.Input[authorization.PrincipalType] = authorization.PrincipalType.SERVICE_PRINCIPAL
+    once: bool = False
 
 
 @dataclass(frozen=True)
 class StorageArgs:
     """around: of the plan; endpoints: where private endpoints go; grants: who may read or write.
 
+    allowed_networks: of people who upload data, where the account has no private endpoint
     protect: `pulumi destroy` stops before the account, and what Pulumi forgets stays in Azure
     """
 
@@ -46,18 +53,21 @@ class StorageArgs:
     endpoints: Endpoints | None
     grants: Sequence[Grant]
     protect: bool
+    allowed_networks: Sequence[IPv4Network] = ()
 
 
 class Storage(pulumi.ComponentResource):
     """The storage account and its containers.
 
-    account_id, account_name, blob_endpoint: of the account; containers: the names by what they hold
+    account_id, account_name, blob_endpoint: of the account; blob_service_id: of its blob service
+    containers: the names by what they hold
     ready: what a reader of blobs must wait for
     """
 
     account_id: pulumi.Output[str]
     account_name: pulumi.Output[str]
     blob_endpoint: pulumi.Output[str]
+    blob_service_id: pulumi.Output[str]
     containers: dict[str, pulumi.Output[str]]
     ready: list[pulumi.Resource]
 
@@ -95,12 +105,12 @@ class Storage(pulumi.ComponentResource):
             public_network_access=storage.PublicNetworkAccess.DISABLED
             if private
             else storage.PublicNetworkAccess.ENABLED,
-            network_rule_set=_firewall(None if private else args.nodes_subnet_id),
+            network_rule_set=_firewall(None, ()) if private else _firewall(args.nodes_subnet_id, args.allowed_networks),
             opts=keep,
         )
         self.account_id, self.account_name = account.id, account.name
         self.blob_endpoint = pulumi.Output.format("https://{0}.blob.core.windows.net", account.name)
-        self._service(args)
+        self.blob_service_id = self._service(args).id
         made = {kind: self._container(kind, args, keep) for kind in CONTAINERS}
         self.containers = {kind: container.name for kind, container in made.items()}
         self.ready = [*made.values(), *(self._grant(grant, args, made) for grant in args.grants)]
@@ -119,11 +129,11 @@ class Storage(pulumi.ComponentResource):
             )
         self.register_outputs({"account_name": self.account_name, "blob_endpoint": self.blob_endpoint})
 
-    def _service(self, args: StorageArgs) -> None:
-        """Soft delete for as long as the bill counts it, and the rules by which blobs move and end."""
+    def _service(self, args: StorageArgs) -> storage.BlobServiceProperties:
+        """The blob service: soft delete for as long as the bill counts it, and rules by which blobs move and end."""
         days = args.around.storage.soft_delete_days
         kept = storage.DeleteRetentionPolicyArgs(enabled=days > 0, days=days or None)
-        storage.BlobServiceProperties(
+        service = storage.BlobServiceProperties(
             "blobs",
             blob_services_name="default",
             account_name=self.account_name,
@@ -142,6 +152,7 @@ class Storage(pulumi.ComponentResource):
             policy=storage.ManagementPolicySchemaArgs(rules=_rules(args.around)),
             opts=pulumi.ResourceOptions(parent=self),
         )
+        return service
 
     def _container(self, kind: str, args: StorageArgs, keep: pulumi.ResourceOptions) -> storage.BlobContainer:
         return storage.BlobContainer(
@@ -161,12 +172,14 @@ class Storage(pulumi.ComponentResource):
             scope=self.account_id if grant.container is None else made[grant.container].id,
             principal_id=grant.principal_id,
             subscription_id=args.subscription_id,
+            principal_type=grant.principal_type,
+            once=grant.once,
             parent=self,
         )
 
 
-def _firewall(nodes_subnet_id: pulumi.Input[str] | None) -> storage.NetworkRuleSetArgs:
-    """Closed but to Azure's own services, and to the nodes where there is no private endpoint."""
+def _firewall(nodes_subnet_id: pulumi.Input[str] | None, allowed: Sequence[IPv4Network]) -> storage.NetworkRuleSetArgs:
+    """Closed but to Azure's own services; where there is no private endpoint, open to the nodes and to people there."""
     nodes = [] if nodes_subnet_id is None else [nodes_subnet_id]
     return storage.NetworkRuleSetArgs(
         default_action=storage.DefaultAction.DENY,
@@ -174,6 +187,12 @@ def _firewall(nodes_subnet_id: pulumi.Input[str] | None) -> storage.NetworkRuleS
         virtual_network_rules=[
             storage.VirtualNetworkRuleArgs(virtual_network_resource_id=subnet_id, action=storage.Action.ALLOW)
             for subnet_id in nodes
+        ],
+        # Azure takes single addresses without a mask, and none of two
+        ip_rules=[
+            storage.IPRuleArgs(i_p_address_or_range=str(part.network_address if part.prefixlen == 32 else part))
+            for network in allowed
+            for part in (network.subnets(new_prefix=32) if network.prefixlen == 31 else [network])
         ],
     )
 

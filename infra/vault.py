@@ -120,7 +120,7 @@ class Vault(pulumi.ComponentResource):
                 content_type="text/plain",
                 attributes=keyvault.SecretAttributesArgs(enabled=True),
             ),
-            opts=pulumi.ResourceOptions(parent=self, retain_on_delete=True),
+            opts=pulumi.ResourceOptions(parent=self, protect=args.protect, retain_on_delete=True),
         )
 
 

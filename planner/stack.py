@@ -15,7 +15,7 @@ import yaml
 from planner.errors import PlannerError
 from planner.files import write_atomically
 from planner.plan import Intent, parse_intent
-from planner.plan.lock import AGAIN, Lock, changes, check_version, parse_lock
+from planner.plan.lock import Lock, again, changes, check_version, parse_lock
 
 FOLDER = Path("stacks")
 INTENT_KEY = "tonnage:intent"
@@ -31,14 +31,40 @@ class Written(NamedTuple):
     changes: tuple[str, ...]
 
 
+class StackFile(NamedTuple):
+    """A stack file as it was read. config: all that it says under config, secrets as they are encrypted."""
+
+    stack: str
+    path: Path
+    config: dict[str, Any]
+
+    @property
+    def intent(self) -> Intent:
+        """What a person wants. PlannerError where there is none, or a field of it is wrong."""
+        return _intent(self.config, self.path)
+
+    @property
+    def lock(self) -> Lock:
+        """The plan that answers it. PlannerError as read_lock."""
+        if PLAN_KEY not in self.config:
+            raise PlannerError(f"{self.path} has no {PLAN_KEY}: {again(self.stack)}")
+        return parse_lock(self.config[PLAN_KEY], f"{self.path}, {PLAN_KEY}", self.stack)
+
+
 def stack_names() -> tuple[str, ...]:
     """The stacks of the project in the working folder."""
-    return tuple(sorted(path.name[len("Pulumi.") : -len(".yaml")] for path in FOLDER.glob("Pulumi.*.yaml")))
+    return tuple(sorted(map(_stack_of, FOLDER.glob("Pulumi.*.yaml"))))
+
+
+def _stack_of(path: Path) -> str:
+    return path.name[len("Pulumi.") : -len(".yaml")]
 
 
 def stack_path(stack: str) -> Path:
     """The file of a stack, whether it is there or not. PlannerError for what is not the name of a stack."""
     name = stack.strip()
+    if not name:
+        raise PlannerError("the name of the stack is empty: write it as in stacks/Pulumi.<stack>.yaml")
     if not re.fullmatch(_NAME, name):
         raise PlannerError(f"{stack[:100]!r} is not the name of a stack: write it as in stacks/Pulumi.<stack>.yaml")
     return FOLDER / f"Pulumi.{name}.yaml"
@@ -56,8 +82,7 @@ def check_stack_name(stack: str) -> str:
 
 def read_intent(stack: str) -> Intent:
     """The intent of a stack, by its name. PlannerError for an unknown stack, bad YAML, or no intent in it."""
-    path = stack_path(stack)
-    return intent_in(_read(path), path)
+    return read_stack(stack).intent
 
 
 def intent_in(text: str, path: Path) -> Intent:
@@ -71,10 +96,10 @@ def _intent(config: Mapping[str, Any], path: Path) -> Intent:
     return parse_intent(config[INTENT_KEY], f"{path}, {INTENT_KEY}")
 
 
-def read_config(stack: str) -> dict[str, Any]:
-    """All that a stack file says under config, secrets as they are encrypted. PlannerError as read_intent."""
+def read_stack(stack: str) -> StackFile:
+    """A stack's file, read once. PlannerError for an unknown stack and bad YAML."""
     path = stack_path(stack)
-    return _config(_load(_read(path), path))
+    return StackFile(stack.strip(), path, _config(_load(_read(path), path)))
 
 
 def _config(content: object) -> dict[str, Any]:
@@ -84,11 +109,7 @@ def _config(content: object) -> dict[str, Any]:
 
 def read_lock(stack: str) -> Lock:
     """The plan in a stack file. PlannerError when it has none, or one that must not be applied as it is."""
-    path = stack_path(stack)
-    config = read_config(stack)
-    if PLAN_KEY not in config:
-        raise PlannerError(f"{path} has no {PLAN_KEY}: {AGAIN}")
-    return parse_lock(config[PLAN_KEY], f"{path}, {PLAN_KEY}")
+    return read_stack(stack).lock
 
 
 def write_lock(stack: str, lock: Lock, *, dry_run: bool = False) -> Written:
@@ -102,20 +123,27 @@ def write_lock(stack: str, lock: Lock, *, dry_run: bool = False) -> Written:
     text = _read(path)
     config = _config(_load(text, path))
     if _intent(config, path).digest != lock.intent:
-        raise PlannerError(f"the intent in {path} was changed while it was planned for: {AGAIN}")
+        raise PlannerError(f"the intent in {path} was changed while it was planned for: {again(stack.strip())}")
     check_version(config.get(PLAN_KEY), f"{path}, {PLAN_KEY}")
     differs: tuple[str, ...]
     try:
         before = parse_lock(config[PLAN_KEY], PLAN_KEY) if PLAN_KEY in config else None
         if before is not None and before.digest == lock.digest:
             return Written(path, ())
-        differs = changes(before, lock) or ("only what programs read",)
+        differs = changes(before, lock) or (_unseen(before, lock),)
     except PlannerError:  # a plan that cannot be read is what a new one is for
         differs = ("the plan before could not be read",)
     after = with_lock(text, lock, path)
     if not dry_run:
         write_text(path, after)
     return Written(path, differs)
+
+
+def _unseen(before: Lock | None, lock: Lock) -> str:
+    """What changed where a person would see no difference."""
+    if before is not None and before.model_copy(update={"intent": lock.intent, "digest": lock.digest}) == lock:
+        return "nothing but the intent that it answers"
+    return "only what programs read"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -185,10 +213,10 @@ def with_lock(text: str, lock: Lock, path: Path) -> str:
     pairs = root.value if isinstance(root, yaml.MappingNode) and not root.flow_style else []
     config = next((value for key, value in pairs if key.value == "config"), None)
     if not isinstance(config, yaml.MappingNode) or config.flow_style or not _config(old):
-        raise PlannerError(f"{path} has no config with a line for each key: write it so, then {AGAIN}")
+        raise PlannerError(f"{path} has no config with a line for each key: write it so, then {again(_stack_of(path))}")
     unsafe = PlannerError(
         f"a plan cannot be put into {path} without touching the rest: write its config as plain blocks of YAML, without"
-        f" anchors and with a newline at the end, then {AGAIN}"
+        f" anchors and with a newline at the end, then {again(_stack_of(path))}"
     )
     if re.search("\r(?!\n)|[\x85\u2028\u2029]", text):  # which end a line for one reader of YAML and not for another
         raise unsafe

@@ -61,6 +61,10 @@ CASES: tuple[Case, ...] = (
     Case("models-code", ("models", "--use-case", "code", "--recommend")),
     Case("skus", ("skus",)),
     Case("plan-dev-32k", ("plan", "--stack", "dev-32k", "--dry-run"), warns=True),
+    Case("preview-dev-32k", ("preview", "--stack", "dev-32k")),
+    Case(
+        "preview-prod-standard", ("preview", "--stack", "prod-standard", "--format", "md"), columns=(80,), suffix="md"
+    ),
     Case("plan-explain", ("plan", *PLAN, "--explain", "--region", "eastus,westeurope"), columns=(160,), warns=True),
     Case("plan-json", ("plan", *PLAN, "--json"), columns=(80,), suffix="json", warns=True),
     Case(

@@ -278,6 +278,10 @@ def not_modelled(spec: ModelSpec, workload: ServingSettings) -> tuple[str, ...]:
     return tuple(notes)
 
 
+# what vLLM makes of 16-bit weights while it loads them; every other format must be stored so
+QUANTIZED_AT_START = ("fp8", "bitsandbytes", "nf4")
+
+
 def arguments(
     spec: ModelSpec, workload: ServingSettings, batch: Batch, share: float, compute_capability: tuple[int, int]
 ) -> tuple[str, ...]:
@@ -292,7 +296,7 @@ def arguments(
         flags.append(f"--tensor-parallel-size={workload.tensor_parallel_size}")
     if workload.pipeline_parallel_size > 1:
         flags.append(f"--pipeline-parallel-size={workload.pipeline_parallel_size}")
-    if spec.quantization is None and workload.quantization in ("fp8", "bitsandbytes", "nf4"):
+    if spec.quantization is None and workload.quantization in QUANTIZED_AT_START:
         flags.append(f"--quantization={'fp8' if workload.quantization == 'fp8' else 'bitsandbytes'}")
     if workload.kv_cache_dtype != "auto":
         flags.append(f"--kv-cache-dtype={workload.kv_cache_dtype}")

@@ -29,7 +29,7 @@ from planner.size import rope_factor
 from planner.units import parse_tokens
 
 ANY_REGION = "any"
-_NAME = r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$"
+_NAME = r"^[a-z][a-z0-9-]{1,30}[a-z0-9]$"  # Azure's federated credentials have three characters and more
 
 
 def _tokens(value: object) -> object:
@@ -82,11 +82,13 @@ class ServeWorkload(Frozen):
     context: tokens (max_model_len); concurrency: sequences at the full context at once; replicas: pods
     schedule: `always`, `80h` a month, or windows; model: in place of the intent's
     settings: any other field of ServingSettings, under vLLM's own name; spot: False keeps it off spot machines
+    checkpoint: hub id of the weights as they are served, where settings.quantization asks for others than the model's
     """
 
     kind: Literal["serve"]
     name: str = Field(default="serve", pattern=_NAME)
     model: str | None = None
+    checkpoint: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$")
     context: Tokens
     concurrency: int = Field(default=1, ge=1, le=1 << 16)
     replicas: int = Field(default=1, ge=1, le=1000)
@@ -250,6 +252,22 @@ def parse_intent(data: object, what: str) -> Intent:
         raise PlannerError(f"{what} refers to itself: write each part out") from None
 
 
+# what to write where pydantic would tell a regular expression or its own word: by field and the beginning of its fault
+_WRITE = {
+    ("exceptions", "string_pattern"): "write the reason in two words or more",
+    ("alert_emails", "string_pattern"): "write an address such as a@b.com",
+    ("admin_group_object_ids", "uuid"): "write an Entra ID object id such as 00000000-0000-0000-0000-000000000000",
+    ("authorized_ip_ranges", "ip_v4_network"): "write a range of addresses such as 203.0.113.0/24",
+    ("approved_usd_per_month", "decimal"): "write dollars and cents, such as 600.00",
+    ("tags", "string_pattern"): "write a name of letters, digits, blanks, hyphens and dots",
+    ("checkpoint", "string_pattern"): "write a hub id such as Qwen/Qwen3-8B-AWQ",
+    ("name", "string_pattern"): "write 3 to 32 lower-case letters, digits and hyphens, a letter first",
+    ("", "string_pattern"): "it has characters that are not taken there",
+    ("", "decimal_max_places"): "write fewer digits behind the point",
+    ("", "decimal"): "write a number such as 1.5",
+}
+
+
 def first_fault(error: ValidationError) -> str:
     """`workloads.0.context cannot be planned: ...`, from the first thing that pydantic refuses."""
     first = error.errors()[0]
@@ -261,6 +279,9 @@ def first_fault(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{'.'.join(parts)} is missing: write it"
     where = ".".join(parts) or "the whole"
+    for (field, fault), words in _WRITE.items():
+        if first["type"].startswith(fault) and (not field or field in parts):
+            return f"{where} cannot be planned: {words}"
     if first["msg"].startswith("Input should be "):
         return f"{where} cannot be planned: it should be {message}"
     return f"{where} cannot be planned: {message[:1].lower()}{message[1:]}"

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from planner.catalog.hardware import VmSku, sku
+from planner.catalog.hardware import gpu_of, sku
 from planner.catalog.mig import Profile
 from planner.catalog.platform import Platform, platform
 from planner.cost.cluster import OS_DISK_GIB, Cluster, Posture, Storage
 from planner.cost.schedule import Window, parse_schedule
 from planner.errors import DoesNotFit, PlannerError
 from planner.fit import Task
+from planner.memory.serving_parts import QUANTIZED_AT_START
 from planner.model import Amount, Frozen
-from planner.plan.choices import needs_disk
-from planner.plan.intent import Intent, Quota
+from planner.plan.choices import limits, needs_disk, other_vcpus
+from planner.plan.intent import Intent, ServeWorkload, model_of
 from planner.plan.result import Placed, Plan, Pool, PricesUsed
 from planner.units import format_gib, format_usd, round_money
 
 VERSION = 1
-AGAIN = "run `planner plan --stack` and commit the result"
+TOTAL_QUOTA, SPOT_QUOTA = "Total Regional vCPUs", "Total Regional Spot vCPUs"
+
+
+def again(stack: str = "STACK") -> str:
+    """What to run for a new plan of a stack."""
+    return f"run `planner plan --stack {stack}` and commit the result"
+
+
+AGAIN = again()  # where the name is not known
 
 
 class LockedPool(Pool):
@@ -32,6 +41,7 @@ class LockedPool(Pool):
 
     os_disk_type: Ephemeral where the machine's own disk is large enough; driver: Install where AKS brings NVIDIA's
     max_surge: machines that an upgrade may add, as far as the quota is known to allow
+    supports_bf16: its GPUs compute in bfloat16
     gpu_instance_profile: how its GPUs are cut by MIG; gpus_per_node then counts the devices
     """
 
@@ -42,11 +52,15 @@ class LockedPool(Pool):
     os_disk_gib: int
     driver: Literal["Install", "None"]
     max_surge: int
+    supports_bf16: bool
     gpu_instance_profile: Profile | None = None
 
 
 class LockedWorkload(Frozen):
-    """A workload as Placed, with its schedule's windows and the memory receipt as expected bytes by component."""
+    """A workload as Placed, with its schedule's windows and the memory receipt as expected bytes by component.
+
+    hub_id: of the weights as they are served or trained; None where nobody said where those lie
+    """
 
     name: str
     task: Task
@@ -117,6 +131,7 @@ def lock_of(plan: Plan, intent: Intent) -> Lock:
     cluster = intent.cluster.resolved(intent.posture).model_copy(update={"log_gb_per_month": logs})
     redundancy = intent.storage.redundancy or ("zrs" if intent.posture == "prod" else "lrs")
     private = intent.access.private_cluster
+    surges = _surges(plan, intent)
     lock = Lock(
         intent=intent.digest,
         region=plan.region,
@@ -124,8 +139,8 @@ def lock_of(plan: Plan, intent: Intent) -> Lock:
         low_usd=round_money(plan.low_usd),
         high_usd=round_money(plan.high_usd),
         approved_usd_per_month=intent.approved_usd_per_month,
-        pools=tuple(_locked_pool(pool, plan, intent) for pool in plan.pools),
-        workloads=tuple(_locked_workload(placed) for placed in plan.workloads),
+        pools=tuple(_locked_pool(pool, intent, surges[pool.name]) for pool in plan.pools),
+        workloads=tuple(_locked_workload(placed, intent) for placed in plan.workloads),
         around=Around(
             posture=intent.posture,
             cluster=cluster,
@@ -147,35 +162,52 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]
 
 
-def _locked_pool(pool: Pool, plan: Plan, intent: Intent) -> LockedPool:
+def _locked_pool(pool: Pool, intent: Intent, max_surge: int) -> LockedPool:
     size = sku(pool.sku)
-    vcpus = size.vcpu or 0
     managed = needs_disk(size)
     return LockedPool(
         **pool.model_dump() | {"usd_per_month": round_money(pool.usd_per_month)},
-        vcpus_per_node=vcpus,
+        vcpus_per_node=size.vcpu or 0,
         ram_gib_per_node=size.ram_gib or 0,
         quota_family=size.quota_family,
         os_disk_type="Managed" if managed else "Ephemeral",
         os_disk_gib=OS_DISK_GIB,
         driver="None" if size.driver == "rocm" else "Install",
-        max_surge=_surge(pool, size, plan, intent),
+        supports_bf16=gpu_of(size).supports_bf16,
+        max_surge=max_surge,
         gpu_instance_profile=intent.gpu_instance_profile,
     )
 
 
-def _surge(pool: Pool, size: VmSku, plan: Plan, intent: Intent) -> int:
-    """1 where the quota that the intent states has room for one machine more than all pools need, else 0."""
-    if pool.priority == "spot":
-        return 0  # AKS upgrades spot pools without surge
+def _surges(plan: Plan, intent: Intent) -> dict[str, int]:
+    """By pool, 1 where the stated quota of family and region has room for one machine more than is asked for, else 0.
+
+    Room is handed out pool by pool, since pools may be upgraded at the same time. Of a region's total that is not
+    stated nothing is known, and the family's room counts.
+    """
     stated = {name.lower().replace(" ", ""): quota for name, quota in intent.quota.items()}
-    limit = stated.get(plan.region, stated.get("*", Quota())).family_vcpus.get(size.quota_family)
-    wanted = next((ask.vcpus for ask in plan.quota if ask.name == size.quota_family), 0)
-    return int(limit is not None and limit >= wanted + (size.vcpu or 0))
+    limit = limits(stated, plan.region, other_vcpus(intent))
+    asked = {ask.name.lower(): ask.vcpus for ask in plan.quota}
+    total = asked[TOTAL_QUOTA.lower()]
+    found = {}
+    for pool in plan.pools:
+        size = sku(pool.sku)
+        family, vcpus = size.quota_family.lower(), size.vcpu or 0
+        needed = asked.get(family, 0) + vcpus
+        room = limit.family.get(family, -1) >= needed and (limit.total is None or limit.total >= total + vcpus)
+        found[pool.name] = int(room and pool.priority != "spot")  # AKS upgrades spot pools without surge
+        if found[pool.name]:
+            asked[family], total = needed, total + vcpus
+    return found
 
 
-def _locked_workload(placed: Placed) -> LockedWorkload:
+def _locked_workload(placed: Placed, intent: Intent) -> LockedWorkload:
     shared = placed.model_dump(include=set(LockedWorkload.model_fields))
+    wanted = next(workload for workload in intent.workloads if workload.name == placed.name)
+    if isinstance(wanted, ServeWorkload):
+        stored = wanted.settings.get("quantization") in (None, *QUANTIZED_AT_START)
+        own = stored or model_of(intent, wanted).quantization is not None
+        shared["hub_id"] = wanted.checkpoint or (placed.hub_id if own else None)
     return LockedWorkload(
         **shared,
         windows=parse_schedule(placed.schedule).windows,
@@ -183,24 +215,24 @@ def _locked_workload(placed: Placed) -> LockedWorkload:
     )
 
 
-def parse_lock(data: object, what: str) -> Lock:
-    """The lock in a mapping, as a stack file or Pulumi's config holds it.
+def parse_lock(data: object, what: str, stack: str = "STACK") -> Lock:
+    """The lock in a mapping, as a stack file or Pulumi's config holds it. stack: what to plan again, where known.
 
     PlannerError for one of a newer version, one that lacks something, and one that was edited by hand.
     """
     if not isinstance(data, Mapping):
-        raise PlannerError(f"{what} holds no plan: {AGAIN}")
+        raise PlannerError(f"{what} holds no plan: {again(stack)}")
     check_version(data, what)
     try:
         lock = Lock.model_validate(data)
         intact = lock.digest == _digest(data)
     except ValidationError as error:
         field = ".".join(map(str, error.errors()[0]["loc"]))
-        raise PlannerError(f"{what} is not whole (see its {field}): {AGAIN}") from error
+        raise PlannerError(f"{what} is not whole (see its {field}): {again(stack)}") from error
     except (TypeError, ValueError, RecursionError):  # what JSON cannot hold, such as a date that lost its quotes
         intact = False
     if not intact:
-        raise PlannerError(f"{what} was edited by hand: edit the intent instead, then {AGAIN}")
+        raise PlannerError(f"{what} was edited by hand: edit the intent instead, then {again(stack)}")
     return lock
 
 
@@ -213,18 +245,23 @@ def check_version(data: object, what: str) -> None:
         )
 
 
-def check_lock(lock: Lock, intent: Intent, what: str) -> None:
+def check_lock(lock: Lock, intent: Intent, what: str, stack: str = "STACK") -> None:
     """Whether a lock may be applied for that intent. PlannerError when it answers another, or nothing is approved;
 
     DoesNotFit for a workload beyond its GPU, and for a cost above what is approved.
     """
     if lock.intent != intent.digest:
-        raise PlannerError(f"{what} answers another intent than the one beside it: {AGAIN}")
+        raise PlannerError(f"{what} answers another intent than the one beside it: {again(stack)}")
     for workload in lock.workloads:
+        if workload.hub_id is None:
+            raise PlannerError(
+                f"{workload.name}: where the planned weights of {workload.model} are stored is not known: write"
+                f" `checkpoint:` with their hub id into its workload, then {again(stack)}"
+            )
         if workload.needed_bytes > workload.usable_bytes:
             raise DoesNotFit(
                 f"{workload.name} needs {format_gib(workload.needed_bytes)} of a GPU that has"
-                f" {format_gib(workload.usable_bytes)}: change the intent, then {AGAIN}"
+                f" {format_gib(workload.usable_bytes)}: change the intent, then {again(stack)}"
             )
     approved = lock.approved_usd_per_month
     if approved is None:
@@ -251,17 +288,29 @@ _WORDS = {
     "max_nodes": "maximum of machines",
     "sku": "size",
     "gpus_per_node": "GPUs a machine",
+    "gpu_instance_profile": "MIG profile",
+    "hub_id": "checkpoint",
+    "needed_bytes": "memory needed",
+    "usable_bytes": "memory usable",
+    "log_gb_per_month": "GB of logs a month",
 }
+# what is told first; the rest follows in the order of the fields
+_FIRST = (("region", "usd", "low_usd", "high_usd", "approved_usd_per_month"), ("pools",), ("quota",))
 
 
 def changes(old: Lock | None, new: Lock) -> tuple[str, ...]:
-    """What differs between two locks, a line each, in the order of the fields: `pool a100spot: size X -> Y`.
+    """What differs between two locks, a line each: `pool a100spot: size X -> Y`. Cost, pools and quota come first.
 
     A pool or workload that comes or goes is one line; what only programs read (digests) is left out.
     """
     if old is None:
         return ("the first plan of this stack",)
-    return tuple(_change(*difference) for difference in _differences(old.plain(), new.plain()))
+    found = sorted(_differences(old.plain(), new.plain()), key=lambda one: _rank(one[0][0]))
+    return tuple(_change(*difference) for difference in found)
+
+
+def _rank(field: str) -> int:
+    return next((rank for rank, fields in enumerate(_FIRST) if field in fields), len(_FIRST))
 
 
 def _differences(
@@ -300,10 +349,30 @@ def _change(path: tuple[str, ...], before: object, after: object) -> str:
         return f"{what} is new: {_shown(after, unit)}"
     if after is _ABSENT:
         return f"{what} is gone: {_shown(before, unit)}"
+    if key == "arguments" and isinstance(before, list) and isinstance(after, list):
+        return f"{what} {_flags_changed(before, after)}"
     was, now = _shown(before, unit), _shown(after, unit)
-    if was == now:  # bytes that round to the same
+    if was == now:  # what rounds to the same
         was, now = str(before), str(after)
     return f"{what} {was} -> {now}"
+
+
+def _flags_changed(before: Sequence[str], after: Sequence[str]) -> str:
+    """`with --a 1, without --b`: flags with their values that come and go."""
+    had, has = _flags(before), _flags(after)
+    told = [f"with {flag}" for flag in has if flag not in had] + [f"without {flag}" for flag in had if flag not in has]
+    return ", ".join(told) or "in another order"
+
+
+def _flags(arguments: Sequence[str]) -> list[str]:
+    """Each flag with what follows it up to the next."""
+    found: list[str] = []
+    for part in arguments:
+        if part.startswith("-") or not found:
+            found.append(part)
+        else:
+            found[-1] += f" {part}"
+    return found
 
 
 def _shown(value: object, unit: str) -> str:
@@ -324,15 +393,6 @@ def _shown(value: object, unit: str) -> str:
         return format_gib(value)
     if "usd" in unit.split("_"):
         return format_usd(Decimal(str(value)))
+    if "gb" in unit.split("_"):
+        return f"{Decimal(str(value)).quantize(Decimal('0.1')).normalize():f}"
     return str(value)
-
-
-def usd_of(lock: Lock, *prefixes: str) -> Decimal | None:
-    """The month's cost of the lines whose key is one of these or lies below it, such as `gpu` for `gpu/serve`.
-
-    None when there is no such line, or one of them has no price.
-    """
-    below = tuple(f"{prefix.rstrip('/')}/" for prefix in prefixes)
-    amounts = [usd for key, usd in lock.lines_usd.items() if key in prefixes or key.startswith(below)]
-    known = [usd for usd in amounts if usd is not None]
-    return sum(known, Decimal(0)) if known and len(known) == len(amounts) else None

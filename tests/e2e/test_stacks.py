@@ -18,7 +18,7 @@ from infra.objects import GPU
 DEV = ("dev-2k", "dev-32k")
 PROD = ("prod-budget", "prod-standard", "prod-enterprise")
 POOL = "azure-native:containerservice:AgentPool"
-PROTECTED = {"storageaccounts", "containers", "vaults", "resourcegroups"}  # as the ids of Azure say it
+PROTECTED = {"storageaccounts", "containers", "vaults", "secrets", "resourcegroups"}  # as the ids of Azure say it
 
 
 @contextmanager
@@ -70,7 +70,9 @@ def test_a_stack_comes_up_stays_as_it_is_changes_only_what_it_should_and_goes(st
         first = made.up()
         assert set(first.changed().values()) == {"create"}
         for workload in made.lock.workloads:
-            if workload.task == "finetune" or workload.schedule == "always":
+            if workload.task == "finetune":
+                made.start_run(workload.name)
+            elif workload.schedule == "always":
                 made.wait_running(workload.name)
         where_pods_run(made)
 
@@ -135,7 +137,7 @@ def test_a_server_on_spot_goes_to_its_twin_on_demand_and_back_is_no_fault(tmp_pa
 def test_an_evicted_training_run_is_tried_again_and_its_failures_are_not_spent(tmp_path: Path) -> None:
     with one_world(tmp_path, "dev-32k") as made:
         made.up()
-        pod = made.wait_running("finetune")
+        pod = made.start_run("finetune")
         name = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
         made.plane.evict_spot(pod["spec"]["nodeName"])
         made.plane.wait_for(
@@ -163,7 +165,7 @@ def test_an_evicted_training_run_is_tried_again_and_its_failures_are_not_spent(t
 def test_arguments_that_the_trainer_refuses_end_the_run_at_once(tmp_path: Path) -> None:
     with one_world(tmp_path, "dev-2k") as made:
         made.up()
-        pod = made.wait_running("finetune")
+        pod = made.start_run("finetune")
         made.plane.finish_pod(pod["metadata"]["name"], 2, namespace=NAMESPACE)
         name = pod["metadata"]["labels"]["batch.kubernetes.io/job-name"]
         made.plane.wait_for(lambda: _condition(made, name, "Failed"), 60, "the Job's failure")
@@ -194,7 +196,7 @@ def completes(made: World) -> None:
     """Without the fault, the next `up` ends well, nothing is left over, and nothing more is to be done."""
     made.standins.set_faults()
     made.up()
-    made.wait_running("finetune")
+    made.start_run("finetune")
     in_state = {r["id"].lower() for r in made.project.state(made.stack) if r["type"].startswith("azure-native:")}
     orphans = {resource_id for resource_id in made.standins.resources() if resource_id.lower() not in in_state}
     assert orphans == set()

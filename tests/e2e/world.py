@@ -119,6 +119,15 @@ class World:
 
         return self.plane.wait_for(alive, seconds, f"a running pod of {instance}")
 
+    def start_run(self, workload: str) -> dict[str, Any]:
+        """`kubectl patch job ... suspend: false`: its pod, once it runs."""
+        labels = "app.kubernetes.io/part-of=tonnage"
+        jobs = self.plane.cluster.list("batch/v1", "Job", NAMESPACE, labelSelector=labels)
+        (job,) = [job for job in jobs if job["metadata"]["name"].rpartition("-")[0] == workload]
+        assert job["spec"]["suspend"] is True
+        self.plane.cluster.merge(job, {"spec": {"suspend": False}})
+        return self.wait_running(workload)
+
     def scale(self, deployment: str, replicas: int) -> None:
         """`kubectl scale`."""
         found = self.plane.cluster.get("apps/v1", "Deployment", deployment, NAMESPACE)

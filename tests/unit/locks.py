@@ -31,5 +31,6 @@ def planned(wanted: dict[str, Any]) -> tuple[Intent, Lock]:
 
 def served(**more: Any) -> dict[str, Any]:
     """An intent with one server of Qwen3-8B at 8,192 tokens in eastus, with what a test changes."""
-    workload = {"kind": "serve", "context": 8192, "settings": {"quantization": "awq"}} | more.pop("workload", {})
+    stored = {"settings": {"quantization": "awq"}, "checkpoint": "Qwen/Qwen3-8B-AWQ"}
+    workload = {"kind": "serve", "context": 8192} | stored | more.pop("workload", {})
     return {"model": "qwen3-8b", "workloads": [workload], "approved_usd_per_month": 5000} | more

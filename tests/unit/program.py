@@ -32,7 +32,7 @@ CALLS = {
         "subscriptionId": "00000000-0000-0000-0000-000000000001",
         "tenantId": "tenant",
         "objectId": "deployer",
-        "clientId": "client",
+        "clientId": "04b07795-8ddb-461a-bbee-02f9e1bf7b46",  # of the Azure CLI
     },
     "azure-native:containerservice:listManagedClusterUserCredentials": {
         "kubeconfigs": [{"name": "u", "value": base64.b64encode(KUBECONFIG.encode()).decode()}]

@@ -62,7 +62,7 @@ def build(intent: Intent, lock: Lock) -> list[Row]:
                 tags=tagged,
                 names=named_by,
                 subscription_id="0000",
-                nodes_subnet_id=SUBNET,
+                network_scope=SUBNET,
                 workloads=["finetune", "serve"],
             ),
         )
@@ -82,6 +82,8 @@ def build(intent: Intent, lock: Lock) -> list[Row]:
                 roles=identities.roles,
                 subscription_id="0000",
                 deployer="deployer",
+                deployer_type="User",
+                resource_group_id="/groups/group",
                 login="azurecli",
             ),
         )
@@ -233,7 +235,7 @@ def test_each_pool_is_what_the_plan_says(stack: str) -> None:
         inputs = row.inputs
         assert (inputs["vmSize"], inputs["minCount"], inputs["maxCount"]) == (
             pool.sku,
-            pool.min_nodes,
+            0,
             pool.max_nodes,
         )
         assert inputs["nodeTaints"] == ["sku=gpu:NoSchedule"]

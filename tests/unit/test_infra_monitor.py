@@ -50,7 +50,7 @@ CLUSTER_MONITOR = ClusterMonitorArgs(
     data_collection_endpoint_id="/endpoint",
     groups=rule_groups(WATCH),
     action_group_id="/people",
-    storage_account_id=STORE,
+    blob_service_id=f"{STORE}/blobServices/default",
     vault_id=VAULT,
 )
 BUDGET = BudgetArgs(
@@ -251,7 +251,7 @@ def test_reads_and_writes_of_blobs_and_of_the_vault_are_logged_where_they_are_gi
     assert [log["category"] for log in blobs["logs"]] == ["StorageRead", "StorageWrite", "StorageDelete"]
     assert vault["resourceUri"] == VAULT
     assert [log["category"] for log in vault["logs"]] == ["AuditEvent"]
-    bare = cluster_rows(storage_account_id=None, vault_id=None)
+    bare = cluster_rows(blob_service_id=None, vault_id=None)
     assert list(named(bare, "DiagnosticSetting")) == ["cluster-logs"]
 
 

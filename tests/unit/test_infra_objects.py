@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ from infra.objects import (
     GPU_NAMESPACE,
     NAMESPACE,
     SPOT_KEY,
+    TRAINER,
     Manifest,
     Values,
     _cron,
@@ -110,10 +114,10 @@ def test_a_pod_asks_for_its_gpus_and_less_than_the_machine_has(stack: str) -> No
         assert int(resources["limits"]["memory"].removesuffix("Gi")) < pool.ram_gib_per_node
 
 
-def test_a_t4_machine_lends_three_of_its_four_processors() -> None:
+def test_a_t4_machine_keeps_one_and_a_half_of_its_four_processors_for_the_system() -> None:
     _, lock = shipped("dev-2k")  # NC4as_T4_v3: 4 vCPUs, 28 GiB, one GPU
     requests = pods(objects(lock))[0]["containers"][0]["resources"]
-    assert requests["requests"] == {"cpu": "3000m", "memory": "16Gi", GPU: "1"}  # 28 x 0.6 = 16.8
+    assert requests["requests"] == {"cpu": "2500m", "memory": "16Gi", GPU: "1"}  # 28 x 0.6 = 16.8
     assert requests["limits"] == {"memory": "22Gi", GPU: "1"}  # 28 x 0.8 = 22.4
 
 
@@ -129,7 +133,8 @@ def test_a_service_account_ties_each_pod_to_its_identity_and_its_secrets(stack: 
         assert provider["spec"]["parameters"]["clientID"] == client
         assert pod["serviceAccountName"] == workload.name
         listed = yaml.safe_load(provider["spec"]["parameters"]["objects"])["array"]
-        assert [yaml.safe_load(one)["objectName"] for one in listed] == ["api-key", "hf-token"]
+        own = {"serve": ["api-key", "hf-token"], "finetune": ["hf-token"]}  # training has no business with the key
+        assert [yaml.safe_load(one)["objectName"] for one in listed] == own[workload.task]
 
 
 def test_a_vault_without_secrets_leaves_an_empty_list_and_no_variables() -> None:
@@ -229,12 +234,67 @@ def test_the_run_trains_what_the_plan_holds_memory_for() -> None:
     assert "--model_name_or_path=Qwen/Qwen3-8B" in args
     assert "--max_length=32768" in args
     assert "--load_in_4bit=true" in args
+    assert {"--dtype=bfloat16", "--bf16=true", "--lora_dropout=0.0"} <= set(args)  # TRL would take float32 and 0.05
+    turing = found(objects(shipped("dev-2k")[1]), "Job")["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert {"--dtype=float16", "--bf16=false", "--fp16=true"} <= set(turing)  # a T4 has no bfloat16
+
+
+def test_a_run_waits_until_somebody_starts_it() -> None:
+    assert found(objects(shipped("dev-32k")[1]), "Job")["spec"]["suspend"] is True
+
+
+def trainer(folder: Path, code: int = 0) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """The trainer's own program in a folder, with a `trl` that writes down its arguments and a model."""
+    (folder / "bin").mkdir(exist_ok=True)
+    fake = folder / "bin" / "trl"
+    out = folder / "out"
+    fake.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/said\nmkdir -p {out}/checkpoint-7\n'
+        f"touch {out}/adapter_model.safetensors\nexit {code}\n"
+    )
+    fake.chmod(0o755)
+    environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "RESULT_DIR": str(folder / "kept")}
+    command = [sys.executable, "-c", TRAINER, f"--dataset_name={folder / 'data'}", f"--output_dir={out}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    said = (folder / "said").read_text().splitlines() if (folder / "said").exists() else []
+    return done, said
+
+
+def test_a_run_without_data_ends_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    done, said = trainer(tmp_path)
+    assert done.returncode == 1
+    assert "there is no dataset" in done.stderr
+    assert not said
+
+
+def test_an_evicted_run_goes_on_from_its_newest_whole_checkpoint_and_keeps_its_result(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").touch()
+    first, said = trainer(tmp_path)
+    assert (first.returncode, said[0]) == (0, "sft")
+    assert not any("resume" in argument for argument in said)
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["adapter_model.safetensors"]  # no checkpoints
+    for steps, whole in ((50, True), (100, True), (150, False)):  # the eviction came while 150 was written
+        (tmp_path / "out" / f"checkpoint-{steps}").mkdir()
+        if whole:
+            (tmp_path / "out" / f"checkpoint-{steps}" / "trainer_state.json").touch()
+    _, said = trainer(tmp_path)
+    assert said[-1] == f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-100'}"
+
+
+def test_a_failed_run_keeps_nothing_and_says_its_code(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").touch()
+    done, _ = trainer(tmp_path, code=2)
+    assert done.returncode == 2
+    assert not (tmp_path / "kept").exists()
 
 
 def test_data_is_mounted_as_the_workloads_identity_without_keys() -> None:
     made = objects(shipped("dev-32k")[1])
     volumes = {m["metadata"]["name"]: m["spec"] for m in made if m["kind"] == "PersistentVolume"}
-    assert set(volumes) == {"finetune-datasets", "finetune-checkpoints"}
+    assert set(volumes) == {"finetune-datasets", "finetune-checkpoints", "finetune-adapters"}
     assert volumes["finetune-datasets"]["csi"]["readOnly"] is True
     for volume in volumes.values():
         attributes = volume["csi"]["volumeAttributes"]

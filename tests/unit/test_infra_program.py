@@ -180,7 +180,7 @@ def config_of(stack: str = "dev-32k") -> dict[str, Any]:
 def test_a_stack_without_an_intent_or_a_plan_is_refused() -> None:
     assert refused(config_of() | {"tonnage:intent": None}).startswith("the stack has no tonnage:intent: make one with")
     sentence = refused(config_of() | {"tonnage:plan": None})
-    assert sentence == "the stack has no tonnage:plan: run `planner plan --stack` and commit the result"
+    assert sentence == "the stack has no tonnage:plan: run `planner plan --stack STACK` and commit the result"
 
 
 def test_an_edited_intent_without_a_new_plan_is_refused() -> None:

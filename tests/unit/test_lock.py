@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from planner.catalog.prices import load_sheet
 from planner.errors import DoesNotFit, PlannerError
 from planner.plan import Intent, make_plan, parse_intent
-from planner.plan.lock import Lock, _digest, changes, check_lock, lock_of, parse_lock, usd_of
+from planner.plan.lock import Lock, _digest, changes, check_lock, lock_of, parse_lock
 from planner.stack import PLAN_KEY, with_lock
+from planner.units import format_gib
 
 FILE = Path("stacks/Pulumi.mine.yaml")
 WANTED: dict[str, Any] = {
@@ -27,7 +28,8 @@ WANTED: dict[str, Any] = {
     "regions": ["eastus"],
     "workloads": [
         {"kind": "finetune", "context": 2048, "schedule": "80h"},
-        {"kind": "serve", "context": 2048, "schedule": "mon-fri 08:00-18:00", "settings": {"quantization": "awq"}},
+        {"kind": "serve", "context": 2048, "schedule": "mon-fri 08:00-18:00", "settings": {"quantization": "awq"}}
+        | {"checkpoint": "Qwen/Qwen3-8B-AWQ"},
     ],
     "pricing": {"fallback_on_demand": True},
     "approved_usd_per_month": 900,
@@ -89,6 +91,9 @@ def test_a_pool_holds_what_aks_must_be_told() -> None:
         ({"*": {"family_vcpus": {"Standard NCASv3_T4 Family": 8}}}, 0),
         ({"*": {"family_vcpus": {"Standard NCASv3_T4 Family": 12}}}, 1),
         ({"East US": {"family_vcpus": {"Standard NCASv3_T4 Family": 12}}, "*": {}}, 1),
+        # of the region 8 and 3 x 4 of the system nodes with one more: 20, and 24 with another machine
+        ({"*": {"family_vcpus": {"Standard NCASv3_T4 Family": 12}, "total_vcpus": 23}}, 0),
+        ({"*": {"family_vcpus": {"Standard NCASv3_T4 Family": 12}, "total_vcpus": 24}}, 1),
         ({"West US": {"family_vcpus": {"Standard NCASv3_T4 Family": 12}}}, 0),
     ],
 )
@@ -96,6 +101,26 @@ def test_an_upgrade_adds_a_machine_only_where_the_quota_is_known_to_allow_it(quo
     wanted = intent(quota=quota)
     held = lock_of(make_plan(wanted, load_sheet("2026-11")), wanted)
     assert [pool.max_surge for pool in held.pools] == [0, surge]  # a spot pool is upgraded without
+
+
+def test_the_room_of_a_quota_is_handed_out_once() -> None:
+    # a pool of one NC4as machine (4 vCPUs), to which a pool of one NC8as (8 vCPUs) of the same family is added
+    serve = {"kind": "serve", "context": 2048, "settings": {"quantization": "awq"}, "spot": False}
+    plan = make_plan(intent(workloads=[serve]), load_sheet("2026-11"))
+    assert [(pool.sku, pool.max_nodes, pool.priority) for pool in plan.pools] == [
+        ("Standard_NC4as_T4_v3", 1, "on-demand")
+    ]
+    other = plan.pools[0].model_copy(update={"name": "second", "sku": "Standard_NC8as_T4_v3"})
+    family = "Standard NCASv3_T4 Family"
+    asks = tuple(
+        ask.model_copy(update={"vcpus": ask.vcpus + 8}) if ask.name in (family, "Total Regional vCPUs") else ask
+        for ask in plan.quota
+    )
+    both = plan.model_copy(update={"pools": (*plan.pools, other), "quota": asks})
+    # 12 are asked for: 4 more let the first pool add a machine, 12 more both
+    for granted, surges in ((15, [0, 0]), (16, [1, 0]), (23, [1, 0]), (24, [1, 1])):
+        wanted = intent(workloads=[serve], quota={"*": {"family_vcpus": {family: granted}}})
+        assert [pool.max_surge for pool in lock_of(both, wanted).pools] == surges
 
 
 def test_a_workload_holds_its_windows() -> None:
@@ -230,7 +255,7 @@ def _itself() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (None, "holds no plan: run `planner plan --stack`"),
+        (None, "holds no plan: run `planner plan --stack STACK` and commit the result"),
         ("text", "holds no plan"),
         ([], "holds no plan"),
         ({}, "is not whole"),
@@ -341,12 +366,14 @@ def _edited(*edits: tuple[tuple[Any, ...], Any]) -> Lock:
         (("around", "maintenance", "start_minute"), 0, "maintenance: start minute 8640 -> 0"),
         (("platform", "kubernetes_version"), "1.99", "platform: kubernetes version {kubernetes} -> 1.99"),
         (("workloads", 0, "context"), 4096, "workload finetune: context 2048 -> 4096"),
-        (("workloads", 1, "arguments"), ["--a", "--b"], "workload serve: arguments {arguments} -> --a, --b"),
         (
             ("workloads", 0, "memory_bytes", "new part"),
             2 << 30,
             "workload finetune memory: new part is new: 2.00 GiB",
         ),
+        (("pools", 0, "gpu_instance_profile"), "MIG1g", "pool t4spot: MIG profile none -> MIG1g"),
+        (("workloads", 1, "hub_id"), "a/b", "workload serve: checkpoint Qwen/Qwen3-8B-AWQ -> a/b"),
+        (("workloads", 0, "needed_bytes"), 2 << 30, "workload finetune: memory needed {needed} -> 2.00 GiB"),
         (("pools", 0, "workloads"), [], "pool t4spot: workloads finetune, serve -> none"),
     ],
 )
@@ -357,7 +384,7 @@ def test_a_change_is_a_line_that_a_person_understands(path: tuple[Any, ...], val
         total=held.quota["Total Regional vCPUs"],
         serve=f"${held.lines_usd['gpu/serve']}",
         kubernetes=held.platform.kubernetes_version,
-        arguments=", ".join(held.workloads[1].arguments),
+        needed=format_gib(held.workloads[0].needed_bytes),
     )
     assert changes(held, _edited((path, value))) == (line,)
 
@@ -382,24 +409,32 @@ def test_bytes_that_round_to_the_same_are_written_out() -> None:
     # 8 GiB and one byte more, of which three figures say nothing
     before = _edited((("workloads", 0, "needed_bytes"), 8 << 30))
     after = _edited((("workloads", 0, "needed_bytes"), (8 << 30) + 1))
-    assert changes(before, after) == ("workload finetune: needed bytes 8589934592 -> 8589934593",)
+    assert changes(before, after) == ("workload finetune: memory needed 8589934592 -> 8589934593",)
+
+
+def test_of_arguments_only_what_comes_and_goes_is_told() -> None:
+    before = _edited((("workloads", 1, "arguments"), ["--a", "1", "--b", "--c", "2"]))
+    after = _edited((("workloads", 1, "arguments"), ["--a", "1", "--c", "3", "--d"]))
+    assert changes(before, after) == ("workload serve: arguments with --c 3, with --d, without --b, without --c 2",)
+
+
+def test_logs_are_told_in_tenths_of_a_gb() -> None:
+    path = ("around", "cluster", "log_gb_per_month")
+    assert changes(_edited((path, "5.4321")), _edited((path, "20.0499"))) == ("cluster: GB of logs a month 5.4 -> 20",)
+
+
+def test_cost_comes_first_then_pools_then_quota() -> None:
+    after = _edited(
+        (("around", "private_cluster"), True),
+        (("quota", "Total Regional vCPUs"), 99),
+        (("pools", 0, "max_nodes"), 3),
+        (("approved_usd_per_month",), "1000"),
+    )
+    firsts = [line.split(" ")[0] for line in changes(lock(), after)]
+    assert firsts == ["approved", "pool", "quota", "private"]
 
 
 def test_what_only_programs_read_is_no_change() -> None:
     assert changes(lock(), lock()) == ()
     assert changes(lock(), sealed(lock().plain() | {"intent": "0" * 16})) == ()
     assert changes(None, lock()) == ("the first plan of this stack",)
-
-
-# --------------------------------------------------------------------------------------------------------------- cost
-
-
-def test_the_cost_of_a_part_is_the_sum_of_its_lines_and_unknown_when_one_is() -> None:
-    lines = {"gpu/a": "1.50", "gpu/b": "2.25", "gpus/c": "8.00", "net/x": "1.00", "net/y": None}
-    held = sealed(lock().plain() | {"lines_usd": lines})
-    assert usd_of(held, "gpu") == Decimal("3.75")  # 1.50 + 2.25, not what only begins alike
-    assert usd_of(held, "gpu/") == Decimal("3.75")
-    assert usd_of(held, "gpu/a", "gpus") == Decimal("9.50")
-    assert usd_of(held, "net/x") == Decimal(1)
-    assert usd_of(held, "net") is None
-    assert usd_of(held, "nothing") is None

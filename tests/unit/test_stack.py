@@ -26,9 +26,9 @@ from planner.stack import (
     INTENT_KEY,
     PLAN_KEY,
     check_stack_name,
-    read_config,
     read_intent,
     read_lock,
+    read_stack,
     stack_names,
     with_lock,
     write_lock,
@@ -142,10 +142,40 @@ def test_an_unknown_stack_is_refused_with_those_there_are(tmp_path: Path, monkey
         read_intent("mine")
 
 
-@pytest.mark.parametrize("name", ["../secrets", "a b", "", "x/y"])
+@pytest.mark.parametrize("name", ["../secrets", "a b", "x/y"])
 def test_a_stack_name_is_no_path(name: str) -> None:
     with pytest.raises(PlannerError, match="is not the name of a stack"):
         read_intent(name)
+
+
+def test_a_stack_without_a_name_is_refused_as_such() -> None:
+    with pytest.raises(PlannerError, match="the name of the stack is empty"):
+        read_intent(" ")
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("exceptions: {api-addresses: lab}", "write the reason in two words or more"),
+        ("alert_emails: [nobody]", "write an address such as a@b.com"),
+        ("access: {admin_group_object_ids: [admins]}", "write an Entra ID object id such as 00000000-"),
+        ("access: {authorized_ip_ranges: [office]}", "write a range of addresses such as 203.0.113.0/24"),
+        ("approved_usd_per_month: 5.001", "write dollars and cents, such as 600.00"),
+        ("approved_usd_per_month: much", "write dollars and cents, such as 600.00"),
+        ("tags: {a<b: c}", "write a name of letters"),
+        ("buffer: 0.1234567", "write fewer digits behind the point"),
+    ],
+)
+def test_a_field_that_is_wrong_is_told_without_the_words_of_programs(
+    field: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "config:\n  tonnage:intent:\n    model: qwen3-8b\n    workloads: [{kind: serve, context: 8k}]\n"
+    write(tmp_path, f"{text}    {field}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlannerError) as refusal:
+        read_intent("mine")
+    assert f"cannot be planned: {words}" in str(refusal.value)
+    assert not re.search("pattern|pydantic|UUID|decimal|[Ii]nput", str(refusal.value))
 
 
 # ----------------------------------------------------------------------------------------------------- words of YAML
@@ -179,7 +209,7 @@ def test_words_are_read_as_pulumi_reads_them(
 ) -> None:
     write(tmp_path, f"config:\n  tonnage:word: {word}\n")
     monkeypatch.chdir(tmp_path)
-    found = read_config("mine")["tonnage:word"]
+    found = read_stack("mine").config["tonnage:word"]
     assert found == value
     assert isinstance(found, bool) == isinstance(value, bool)
 
@@ -191,13 +221,13 @@ def test_a_key_that_comes_twice_is_refused(text: str, tmp_path: Path, monkeypatc
     write(tmp_path, text)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PlannerError, match=r"the key \w+ comes twice, line \d+\)"):
-        read_config("mine")
+        read_stack("mine")
 
 
 def test_a_merged_key_may_be_overridden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "x: &x {<<: &y {a: 1}, a: 2}\nconfig:\n  <<: *x\n  b: 3\n")
     monkeypatch.chdir(tmp_path)
-    assert read_config("mine") == {"a": 2, "b": 3}
+    assert read_stack("mine").config == {"a": 2, "b": 3}
 
 
 @pytest.mark.parametrize("tagged", ["!!int ''", "!!bool x", "!!timestamp x", "!!float x", "!!binary \u00e4"])
@@ -207,7 +237,7 @@ def test_a_value_that_does_not_suit_its_tag_is_refused(
     write(tmp_path, f"config:\n  a: {tagged}\n")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PlannerError, match="cannot be read as YAML"):
-        read_config("mine")
+        read_stack("mine")
 
 
 # --------------------------------------------------------------------------------------------------------- stack names
@@ -417,7 +447,7 @@ def test_every_shipped_stack_holds_its_plan_as_it_is_today(
     assert write_lock(stack, lock_of(make_plan(intent, SHEET), intent)).changes == ()
     assert (path.read_bytes(), path.stat().st_mtime_ns) == (text, changed_at)
     check_lock(read_lock(stack), intent, stack)
-    assert list(read_config(stack)) == [INTENT_KEY, PLAN_KEY]
+    assert list(read_stack(stack).config) == [INTENT_KEY, PLAN_KEY]
 
 
 def test_a_plan_is_written_once_and_then_left(project: Path) -> None:
@@ -470,7 +500,7 @@ def test_an_intent_that_leads_to_the_same_machines_is_answered_anew(project: Pat
     write_lock("mine", planned())
     text = project.read_text(encoding="utf-8")
     project.write_text(text.replace("buffer: 0.25", "buffer: 0.30"), encoding="utf-8")
-    assert write_lock("mine", planned()).changes == ("only what programs read",)
+    assert write_lock("mine", planned()).changes == ("nothing but the intent that it answers",)
     check_lock(read_lock("mine"), read_intent("mine"), "mine")
 
 
@@ -525,7 +555,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(project: Path, monkeypa
 
 
 def test_a_stack_without_a_plan_says_what_to_run(project: Path) -> None:
-    with pytest.raises(PlannerError, match="has no tonnage:plan: run `planner plan --stack`"):
+    with pytest.raises(PlannerError, match="has no tonnage:plan: run `planner plan --stack mine` and"):
         read_lock("mine")
 
 
@@ -562,6 +592,26 @@ def test_many_changes_are_counted(project: Path) -> None:
     assert re.fullmatch(r"  and \d+ more, in `git diff stacks/Pulumi.mine.yaml`", lines[-1])
 
 
+def test_a_dry_run_tells_all_changes_since_no_diff_of_git_can(project: Path) -> None:
+    golden.run(("plan", "--stack", "mine"))
+    text = project.read_text(encoding="utf-8")
+    project.write_text(
+        text.replace("regions: [eastus]", "regions: [westus3]").replace("_month: 600", "_month: 900"), encoding="utf-8"
+    )
+    lines = golden.run(("plan", "--stack", "mine", "--dry-run")).stdout.splitlines()
+    at = lines.index("stacks/Pulumi.mine.yaml: the plan would be written")
+    assert len(lines[at:]) > 14
+    assert "git diff" not in "".join(lines)
+
+
+@pytest.mark.parametrize("option", ["--stack", "--region"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_option_with_nothing_in_it_is_refused(option: str, value: str) -> None:
+    outcome = golden.run(("plan", "--model", "qwen3-8b", "--ctx", "8k", option, value))
+    assert outcome.exit_code == 2
+    assert outcome.stderr.startswith(f"planner: {option} is empty: write a name, such as {option} ")
+
+
 def test_json_on_stdout_is_nothing_but_the_plan(project: Path) -> None:
     outcome = golden.run(("plan", "--stack", "mine", "--json"))
     assert json.loads(outcome.stdout)["schema_version"] == "tonnage.plan/1"
@@ -574,7 +624,9 @@ def test_a_plan_above_the_approved_amount_is_shown_and_not_written(project: Path
     project.write_text(text, encoding="utf-8")
     outcome = golden.run(("plan", "--stack", "mine"))
     assert outcome.exit_code == 1
-    assert "$60.00 is approved: raise the approval or change the intent" in outcome.stderr.splitlines()[-1]
+    assert outcome.stderr.splitlines()[-1].endswith(
+        "$60.00 is approved: raise the approval or change the intent; stacks/Pulumi.mine.yaml keeps the plan it has"
+    )
     assert "the plan is written" not in outcome.stdout
     assert project.read_text(encoding="utf-8") == text
 
