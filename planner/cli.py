@@ -1,6 +1,7 @@
 """The commands. Each reads its options, asks one function of the planner, and prints its answer.
 
-Exit codes: 0 done, 1 does not fit or over budget, 2 usage or bad input, 3 a check against reality failed.
+Exit codes: 0 done, 1 does not fit, over budget or (preview) a grave finding of the policy without a reason, 2 usage
+or bad input, 3 a check against reality failed.
 """
 
 from __future__ import annotations
@@ -49,11 +50,12 @@ def main() -> None:
     except PlannerError as error:
         print(f"planner: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except OSError as error:  # a full disk under stdout
-        print(
-            f"planner: the output cannot be written ({error.strerror}): free space or write elsewhere", file=sys.stderr
-        )
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        said = f"{error.filename} cannot be used ({error.strerror}): see that it is there, and its rights"
+        if error.filename is None:  # a full disk under stdout
+            said = f"the output cannot be written ({error.strerror}): free space or write elsewhere"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"planner: {said}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -289,13 +291,14 @@ def new(
     spot: Annotated[bool, Option(help="Spot machines are allowed.")] = True,
     email: Annotated[list[str] | None, Option(help="Who hears of money and failures; may be repeated.")] = None,
     admin_group: Annotated[list[str] | None, Option(help="Entra ID group (object id) of administrators.")] = None,
+    ip_range: Annotated[list[str] | None, Option(help="CIDR that may call the cluster's API; may be repeated.")] = None,
     prices: Prices = None,
     max_price_age: MaxAge = None,
 ) -> None:
     """A new stack: its intent with comments, and the plan; asks for what is missing."""
     from planner import new as stacks
 
-    stacks.emit_new(stack, *stacks.new_stack(stack, locals()))
+    stacks.emit_new(stack, stacks.new_stack(stack, locals()))
 
 
 @app.command()

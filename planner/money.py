@@ -25,7 +25,7 @@ from planner.plan.intent import ANY_REGION, region_names
 from planner.plan.lock import Lock, check_lock, lock_of
 from planner.report import money as report
 from planner.report import put
-from planner.stack import Written, read_intent, write_lock
+from planner.stack import Written, read_intent, stack_path, write_lock
 
 OLD_DAYS, LIMIT_DAYS = 45, 365
 CHANGES_SHOWN = 12
@@ -43,6 +43,7 @@ class Planned(NamedTuple):
 
 def plans(options: Mapping[str, Any]) -> Planned:
     """The plan of a stack or of the options; with several contexts, one a context beside the reference's choices."""
+    _check_named(options)
     sheet = load_sheet(options["prices"])
     if options["stack"]:
         ignored = sorted(options["stated"] - {"stack", "prices", "max_price_age", "explain", "as_json", "dry_run"})
@@ -62,6 +63,13 @@ def plans(options: Mapping[str, Any]) -> Planned:
     return Planned((made,), intents, stack=options["stack"])
 
 
+def _check_named(options: Mapping[str, Any]) -> None:
+    """PlannerError for --stack and --region with nothing in them, such as a variable of a script that is not set."""
+    for name, example in (("stack", "dev-32k"), ("region", "eastus")):
+        if options.get(name) is not None and not options[name].strip(" ,"):
+            raise PlannerError(f"--{name} is empty: write a name, such as --{name} {example}, or leave it out")
+
+
 def emit_plans(done: Planned, *, as_json: bool, explain: bool) -> None:
     """The plan, or the table of contexts, on stdout."""
     if done.beside:
@@ -79,7 +87,8 @@ def check(done: Planned) -> None:
     for made, intent in zip(done.plans, done.intents, strict=True):
         sentence = over_budget(made, intent)
         if sentence:
-            raise DoesNotFit(sentence)
+            kept = f"; {stack_path(done.stack)} keeps the plan it has" if done.stack else ""
+            raise DoesNotFit(f"{sentence}{kept}")
 
 
 def lock_plan(done: Planned, *, dry_run: bool) -> Written | None:
@@ -89,22 +98,26 @@ def lock_plan(done: Planned, *, dry_run: bool) -> Written | None:
     """
     if done.stack is None or over_budget(done.plans[0], done.intents[0]):
         return None
-    return write_lock(done.stack, lock_for(done.plans[0], done.intents[0]), dry_run=dry_run)
+    return write_lock(done.stack, lock_for(done.plans[0], done.intents[0], done.stack.strip()), dry_run=dry_run)
 
 
-def lock_for(plan: Plan, intent: Intent) -> Lock:
+def lock_for(plan: Plan, intent: Intent, stack: str) -> Lock:
     """The lock of a plan that `pulumi up` would take, once it is approved. DoesNotFit as check_lock."""
     lock = lock_of(plan, intent)
     if intent.approved_usd_per_month is not None:  # finance may sign after it has seen the plan
-        check_lock(lock, intent, "the plan")
+        check_lock(lock, intent, "the plan", stack)
     return lock
 
 
 def emit_written(done: Planned, written: Written | None, *, as_json: bool, dry_run: bool) -> None:
-    """What changed in the stack file: after the plan on stdout, or beside its JSON on stderr."""
+    """What changed in the stack file: after the plan on stdout, or beside its JSON on stderr.
+
+    All of it where nothing is written, and no diff of git can show the rest.
+    """
     if written is None:
         return
-    shown, rest = written.changes[:CHANGES_SHOWN], len(written.changes) - CHANGES_SHOWN
+    shown = written.changes if dry_run else written.changes[:CHANGES_SHOWN]
+    rest = len(written.changes) - len(shown)
     verb = "would be written" if dry_run else "is written"
     lines = [f"{written.path}: the plan {verb if written.changes else 'is current, nothing changed'}"]
     lines += [f"  {line}" for line in shown]
@@ -140,6 +153,7 @@ def budget(options: Mapping[str, Any]) -> Budget:
 
     A scenario with other prices than its reference's is shown against that reference.
     """
+    _check_named(options)
     if bool(options["stack"]) == bool(options["scenario"]):
         raise PlannerError("a budget is of one thing: give --stack or --scenario")
     sheet, day = load_sheet(options["prices"]), today()
@@ -222,6 +236,7 @@ def check_budget(made: Budget) -> None:
 
 def emit_prices(sku: str | None, region: str | None, prices: str | None, *, as_json: bool) -> None:
     """Offers of one size everywhere, of one region, or of both; the first region's when nothing is named."""
+    _check_named({"region": region})
     sheet = load_sheet(prices)
     where = sheet.region(region) if region else None
     if sku:
@@ -280,6 +295,7 @@ def comparison(options: Mapping[str, Any]) -> Comparison:
         api=options["api"],
         utilization=options["utilization"],
     )
+    _check_named(options)
     speeds = parse_speeds(options["tokens_per_second"] or ())
     if options["server"] is not None:
         return stated_server(demand, parse_usd(options["server"]), speeds.get(""))

@@ -6,16 +6,18 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from decimal import Decimal
+from ipaddress import ip_network
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.catalog import load_model
 from planner.catalog.prices import load_sheet
 from planner.errors import DoesNotFit, PlannerError
 from planner.model import ModelSpec
 from planner.money import check_age, lock_for
-from planner.plan import make_plan, over_budget
-from planner.plan.intent import region_names
+from planner.plan import Intent, make_plan, over_budget
+from planner.plan.intent import ANY_REGION, region_names
 from planner.plan.lock import Lock
 from planner.report import put
 from planner.stack import check_stack_name, intent_in, stack_path, with_lock, write_text
@@ -31,10 +33,23 @@ QUESTIONS = (
     ("region", "Azure regions allowed, with commas, or any", "eastus"),
     ("approved", "USD a month that are approved", None),
 )
+ADDRESSES = "Addresses that may call the cluster's API (CIDR, with commas; empty: any, with your reason)"
+REASON = "Why every address may call it (empty: to be filled in later)"
+ALLOWED = {"task": ("serve", "finetune", "both"), "posture": ("dev", "prod")}
+# as the program asks for it where a stack has a server
+API_KEY = 'pulumi config set --secret tonnage:apiKey "$(openssl rand -hex 32)"'
 
 
-def new_stack(stack: str, options: Mapping[str, Any]) -> tuple[Path, Lock]:
-    """Write stacks/Pulumi.STACK.yaml: its path and the plan in it.
+class NewStack(NamedTuple):
+    """A stack file that was written, what it asks for, and the plan in it."""
+
+    path: Path
+    intent: Intent
+    lock: Lock
+
+
+def new_stack(stack: str, options: Mapping[str, Any]) -> NewStack:
+    """Write stacks/Pulumi.STACK.yaml, from options and, at a terminal, from answers.
 
     PlannerError when the name or an answer is wrong, the stack exists, or this is not the project's folder;
     DoesNotFit when nothing holds the workloads or the plan is above what is approved. Then nothing is written.
@@ -53,44 +68,115 @@ def new_stack(stack: str, options: Mapping[str, Any]) -> tuple[Path, Lock]:
     sentence = over_budget(plan, intent)
     if sentence:
         raise DoesNotFit(sentence)
-    lock = lock_for(plan, intent)
+    lock = lock_for(plan, intent, stack)
     write_text(path, with_lock(text, lock, path))
-    return path, lock
+    return NewStack(path, intent, lock)
 
 
-def emit_new(stack: str, path: Path, lock: Lock) -> None:
+def emit_new(stack: str, made: NewStack) -> None:
     """What was made, and what to run next."""
+    lock = made.lock
     assert lock.approved_usd_per_month is not None
+    at_least = "at least " if None in lock.lines_usd.values() else ""
     approved = format_usd(lock.approved_usd_per_month)
-    lines = [f"{path}: {lock.region}, {format_usd(lock.usd)} a month of {approved} approved"]
+    lines = [f"{made.path}: {lock.region}, {at_least}{format_usd(lock.usd)} a month of {approved} approved"]
     lines += [f"  {pool.name}: up to {pool.max_nodes} x {pool.sku}, {pool.priority}" for pool in lock.pools]
-    lines += [
-        f"Next: planner budget --stack {stack} -o budget.html",
-        f"      planner preview --stack {stack}",
-        f"      pulumi stack init {stack} && pulumi up --stack {stack}",
+    steps = [
+        f"planner budget --stack {stack} -o budget.html",
+        f"planner preview --stack {stack}",
+        f"pulumi stack init {stack}",
+        f"pulumi up --stack {stack}",
     ]
+    if any(workload.task == "serve" for workload in lock.workloads):
+        steps.insert(-1, f"{API_KEY} --stack {stack}")
+    if not (lock.around.private_cluster or made.intent.access.authorized_ip_ranges or made.intent.exceptions):
+        steps[:0] = [
+            f"say in {made.path} which addresses may call the cluster's API (access), or why all may (exceptions)",
+            f"planner plan --stack {stack}",
+        ]
+    lines += [f"{'      ' if number else 'Next: '}{step}" for number, step in enumerate(steps)]
     put("".join(f"{line}\n" for line in lines))
 
 
 def _answered(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, completed by asking where somebody can answer. PlannerError names what is missing."""
-    missing = [name for name in REQUIRED if not options[name]]
+    for name, _, default in QUESTIONS:
+        if options[name] is not None and not options[name].strip(" ,"):
+            instead = f"leave it out for {default}" if default else "write what is meant"
+            raise PlannerError(f"--{name} is empty: {instead}")
+    missing = [name for name in REQUIRED if options[name] is None]
     if missing and not _at_a_terminal():
         flags = ", ".join(f"--{name}" for name in missing)
         raise PlannerError(f"a new stack needs {flags}: add what is missing, or answer at a terminal")
-    said = dict(options)
+    said = {**options, "reason": ""}
     if missing:
-        import typer
-
         for name, question, default in QUESTIONS:
-            if not options[name]:
-                said[name] = str(typer.prompt(question, default=default, err=True)).strip()
+            if said[name] is None:
+                said[name] = _asked(name, question, default, said)
+        if said["posture"] == "dev" and not said["ip_range"]:
+            said["ip_range"] = region_names(_asked("ip_range", ADDRESSES, "", said))
+            said["reason"] = "" if said["ip_range"] else _asked("reason", REASON, "", said)
     for name, default in (("task", "both"), ("posture", "dev"), ("region", "eastus")):
         said[name] = said[name] or default
-    for name, allowed in (("task", ("serve", "finetune", "both")), ("posture", ("dev", "prod"))):
-        if said[name] not in allowed:
-            raise PlannerError(f"{said[name][:40]!r} is not a {name}: choose one of {', '.join(allowed)}")
+    for name in ("task", "posture", "ctx"):
+        _check(name, said[name], said)
     return said
+
+
+def _asked(name: str, question: str, default: str | None, said: Mapping[str, Any]) -> str:
+    """An answer that is right by itself: others are refused at once, and asked for again."""
+    import typer
+
+    while True:
+        try:
+            answer = str(typer.prompt(question, default=default, show_default=bool(default), err=True)).strip()
+        except typer.Abort as error:
+            raise PlannerError(
+                "nothing was written: answer the questions to the end, or give the answers as options"
+            ) from error
+        try:
+            _check(name, answer, said)
+        except PlannerError as error:
+            print(f"planner: {error}", file=sys.stderr)
+        else:
+            return answer
+
+
+def _check(name: str, answer: str, said: Mapping[str, Any]) -> None:
+    """PlannerError for an answer that is wrong, whatever the others are. said: what is known before it."""
+    if name == "model":
+        load_model(answer)
+    elif name == "ctx":
+        spec, context = load_model(said["model"]), parse_tokens(answer)
+        if not context:
+            raise PlannerError("a context of 0 tokens holds nothing: write a number such as 8k")
+        if context > spec.max_context:
+            raise PlannerError(
+                f"{context:,} tokens are beyond {spec.name}'s context of {spec.max_context:,}: write fewer, or choose a"
+                " model that holds more (`planner models --min-context`)"
+            )
+    elif name in ALLOWED and answer not in ALLOWED[name]:
+        raise PlannerError(f"{answer[:40]!r} is not a {name}: choose one of {', '.join(ALLOWED[name])}")
+    elif name == "region":
+        names = region_names(answer)
+        if not names:
+            raise PlannerError("no region is named: write one such as eastus, or any")
+        if names != [ANY_REGION]:
+            sheet = load_sheet(said["prices"])
+            for region in names:
+                sheet.region(region)
+    elif name == "approved" and not Decimal(_usd(answer)):
+        raise PlannerError("nothing can be bought for 0: write USD a month, such as 600")
+    elif name == "reason" and len(answer.split()) == 1:
+        raise PlannerError("one word is no reason: write it in two words or more, or nothing")
+    elif name == "ip_range":
+        for part in region_names(answer):
+            try:
+                ip_network(part)
+            except ValueError as error:
+                raise PlannerError(
+                    f"{part[:40]!r} is no range of addresses: write one such as 203.0.113.0/24"
+                ) from error
 
 
 def _at_a_terminal() -> bool:
@@ -149,17 +235,38 @@ def _stack_text(stack: str, spec: ModelSpec, said: Mapping[str, Any]) -> str:
     ]
     emails = ", ".join(map(_word, said["email"] or ()))
     lines.append(f"    alert_emails: [{emails}]" if emails else "    # alert_emails: [platform@example.com]")
-    groups = ", ".join(map(_word, said["admin_group"] or ()))
-    lines.append(
-        f"    access: {{admin_group_object_ids: [{groups}]}}"
-        if groups
-        else "    # access: {admin_group_object_ids: [the Entra ID group that administers the cluster]}"
-    )
+    lines += _access_lines(said)
+    if prod:
+        lines.append('    # cluster: {zones: ["1", "2", "3"]} # where the region has them')
     lines += [
         "    # what finance has signed: the amount of the stack's Azure Budget",
         f"    approved_usd_per_month: {_usd(said['approved'])}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _access_lines(said: Mapping[str, Any]) -> list[str]:
+    """Who administers the cluster and which addresses may call its API; in dev, why all may, where a person says so."""
+    given = {
+        "admin_group_object_ids": [_word(group) for group in said["admin_group"] or ()],
+        "authorized_ip_ranges": [_word(part) for part in said["ip_range"] or ()],
+    }
+    examples = {"admin_group_object_ids": "an Entra ID group", "authorized_ip_ranges": "203.0.113.0/24"}
+    if said["posture"] == "prod" and not given["authorized_ip_ranges"]:
+        del examples["authorized_ip_ranges"]  # its API is inside the network
+    stated = ", ".join(f"{key}: [{', '.join(words)}]" for key, words in given.items() if words)
+    rest = [f"{key}: [{example}]" for key, example in examples.items() if not given[key]]
+    if stated:
+        lines = [f"    access: {{{stated}}}", *(f"    # beside it: {one}" for one in rest)]
+    elif len(rest) == 1:
+        lines = [f"    # access: {{{rest[0]}}}"]
+    else:
+        lines = [f"    # access: {{{rest[1]}}} # beside it: {rest[0]}"]
+    if said["reason"]:
+        lines.append(f"    exceptions: {{api-addresses: {json.dumps(said['reason'], ensure_ascii=False)}}}")
+    elif said["posture"] == "dev" and not given["authorized_ip_ranges"]:
+        lines.append("    # exceptions: {api-addresses: why every address may call}")
+    return lines
 
 
 def _word(text: str) -> str:

@@ -36,7 +36,7 @@ def check(resources: Sequence[Recorded], context: Context, rules: Sequence[Rule]
     used: set[str] = set()
     resources = [replace(one, inputs=_seen(one.inputs)) for one in resources]
     found = [finding for rule in rules for finding in _findings(rule, resources, context, used)]
-    if len(rules) == len(RULES):
+    if rules is RULES:
         found += [
             Finding(
                 name.partition("/")[0],
@@ -64,7 +64,7 @@ def _check_exceptions(context: Context) -> None:
     names = [rule.name for rule in RULES]
     for name in context.intent.exceptions:
         if name.partition("/")[0] not in names:
-            near = difflib.get_close_matches(name.partition("/")[0], names, n=1)
+            near = difflib.get_close_matches(name.partition("/")[0], names, n=1, cutoff=0.75)
             hint = f"did you mean {near[0]}?" if near else "docs/policy.md lists them"
             raise PlannerError(f"the exception {name[:80]!r} of the intent names no rule of the policy: {hint}")
 

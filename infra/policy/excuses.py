@@ -131,7 +131,7 @@ EXCUSES = (
     ),
     Excuse(
         ("private-cluster",),
-        "the dev posture is administered from people's own machines, from the addresses that the intent names",
+        "the dev posture is administered from people's own machines; from which addresses, the rule api-addresses asks",
         _planned_public,
     ),
     Excuse(

@@ -16,8 +16,6 @@ POOL_LABELS = ("kubernetes.azure.com/agentpool", "agentpool")
 # labels with these beginnings are set by others than the program: what is not known of them may match
 OTHERS_LABELS = ("kubernetes.azure.com/", "topology.", "node.kubernetes.io/", "beta.kubernetes.io/", "nvidia.com/")
 DECIDED = ("kubernetes.azure.com/scalesetpriority", "kubernetes.azure.com/accelerator")
-# GPUs that one becomes by NVIDIA's MIG profiles: A100 and H100 have seven slices
-SLICES = {"MIG1g": 7, "MIG2g": 3, "MIG3g": 2, "MIG4g": 1, "MIG7g": 1}
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,12 @@ class Pods:
 
     @property
     def spec(self) -> Any:
+        """What Kubernetes calls a PodSpec."""
         return at(self.template, "spec")
 
     @property
     def labels(self) -> Mapping[str, Any]:
+        """Of each pod."""
         found = at(self.template, "metadata.labels")
         return found if isinstance(found, Mapping) else {}
 
@@ -52,6 +52,7 @@ class Pods:
 
     @property
     def images(self) -> list[str]:
+        """Of all containers."""
         return [str(at(one, "image")) for one in self.containers]
 
 
@@ -66,10 +67,12 @@ def api_group(resource: Recorded) -> str:
 
 
 def metadata(resource: Recorded) -> Any:
+    """A Kubernetes object's metadata; None where it has none."""
     return at(resource.inputs, "metadata")
 
 
 def named(resource: Recorded) -> str:
+    """What Kubernetes calls an object, else Pulumi's name for it."""
     return str(at(metadata(resource), "name") or resource.name)
 
 
@@ -114,7 +117,10 @@ def gpus_of(container: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines of a pool as a scheduler sees them. gpus: of one machine; planned: None for the system pool."""
+    """The machines of a pool as a scheduler sees them.
+
+    gpus: of one machine, or MIG devices where its GPUs are cut; planned: None for the system pool
+    """
 
     name: str
     labels: Mapping[str, str]
@@ -145,10 +151,7 @@ def nodes(resources: Sequence[Recorded], context: Context) -> list[Nodes]:
         if not spot:  # AKS labels spot machines alone
             del labels["kubernetes.azure.com/scalesetpriority"]
         taints = [t for t in listed(at(inputs, "nodeTaints")) if t != UNKNOWN] or [GPU_TAINT]
-        slices = SLICES.get(str(at(inputs, "gpuInstanceProfile") or pool.gpu_instance_profile), 1)
-        found.append(
-            Nodes(pool.name, labels, (*taints, *((SPOT_TAINT,) if spot else ())), pool.gpus_per_node * slices, pool)
-        )
+        found.append(Nodes(pool.name, labels, (*taints, *((SPOT_TAINT,) if spot else ())), pool.gpus_per_node, pool))
     return found
 
 

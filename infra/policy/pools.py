@@ -47,10 +47,12 @@ def every_pool(resources: Sequence[Recorded]) -> Iterator[tuple[Recorded, dict[s
 
 
 def is_system(pool: dict[str, Any]) -> bool:
+    """Whether the cluster's own services run on it."""
     return str(at(pool, "mode")).lower() == "system"
 
 
 def is_gpu(pool: dict[str, Any]) -> bool:
+    """Whether its machines have a GPU, by the name of their size."""
     return str(at(pool, "vmSize")).lower().startswith(GPU_SIZES)
 
 
@@ -250,14 +252,18 @@ def pools_as_planned(resources: Sequence[Recorded], context: Context) -> list[Fa
 def _differences(resource: Recorded, pool: LockedPool) -> Iterator[str]:
     wanted = {
         "vmSize": pool.sku,
-        "minCount": pool.min_nodes,
         "maxCount": pool.max_nodes,
         "osDiskType": pool.os_disk_type,
         "gpuProfile.driver": pool.driver,
+        "gpuInstanceProfile": pool.gpu_instance_profile,
     }
     for path, value in wanted.items():
         if not says(at(resource.inputs, path), value):
             yield f"{path} is {at(resource.inputs, path)} and the plan's is {value}: take it from the plan"
+    # Azure counts machines as text, and adds one where nothing is said; spot pools are upgraded without
+    surge = at(resource.inputs, "upgradeSettings.maxSurge")
+    if pool.priority != "spot" and not says(surge, str(pool.max_surge), pool.max_surge):
+        yield f"upgradeSettings.maxSurge is {surge} and the plan's is {pool.max_surge}: take it from the plan"
     spot = at(resource.inputs, "scaleSetPriority")
     if spot != UNKNOWN and says(spot, "Spot") != (pool.priority == "spot"):
         yield f"the plan buys it {pool.priority}: take scale_set_priority from the plan"

@@ -49,7 +49,7 @@ def context(stack: str) -> Context:
     config = pulumi.Config("tonnage")
     intent, plan = (config.get_object(key.partition(":")[2]) for key in (INTENT_KEY, PLAN_KEY))
     if intent is not None and plan is not None:
-        return Context(parse_lock(plan, PLAN_KEY), parse_intent(intent, INTENT_KEY), stack)
+        return Context(parse_lock(plan, PLAN_KEY, stack), parse_intent(intent, INTENT_KEY), stack)
     return Context(read_lock(stack), read_intent(stack), stack)
 
 
@@ -140,6 +140,7 @@ def _excused(args: StackValidationArgs, report: ReportViolation) -> None:
 
 
 def policies() -> Iterator[Policy]:
+    """The pack: whether the plan can be read, a policy for each rule, and what is excused."""
     yield StackValidationPolicy(
         name="plan-readable",
         description="The rules know the stack's intent and its plan.",

@@ -8,17 +8,18 @@ from __future__ import annotations
 import contextlib
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from planner.catalog.hardware import cpu_size
 from planner.errors import DoesNotFit, PlannerError
-from planner.plan.lock import Lock
-from planner.preview.project import Configuration, configuration, read_project
+from planner.plan.lock import SPOT_QUOTA, TOTAL_QUOTA, Lock, check_lock
+from planner.preview.project import Configuration, check_settings, configuration, read_project
 from planner.report import put
 from planner.report.preview import ShownFinding, ShownPreview, ShownResource, emit_preview
-from planner.stack import read_intent, read_lock
+from planner.stack import PLAN_KEY, read_stack
 
 if TYPE_CHECKING:
     from infra.policy import Finding, Recorded
@@ -34,6 +35,7 @@ class Preview:
 
     resources: in the order of the program; bill: the plan's lines over them; outputs: of the stack
     findings: of the policies, excused ones too; notes: what a reader should know beside that
+    unset: secrets that must be set before `pulumi up`, by key, each with the command that sets it
     """
 
     project: str
@@ -44,6 +46,7 @@ class Preview:
     outputs: dict[str, Any]
     findings: tuple[Finding, ...]
     notes: tuple[str, ...]
+    unset: dict[str, str]
 
     @property
     def quota(self) -> dict[str, int]:
@@ -61,33 +64,37 @@ def preview(stack: str) -> Preview:
     PlannerError outside a project, for a stack file that cannot be used, for what the program refuses (DoesNotFit where
     the plan is over budget or beyond a GPU), and where Pulumi is not installed.
     """
-    project = read_project()
-    intent, lock = read_intent(stack), read_lock(stack)
-    given = configuration(project, stack)
+    project, file = read_project(), read_stack(stack)
+    intent, lock = file.intent, file.lock
+    given = configuration(project, file)
+    check_settings(given, project, file)
+    check_lock(lock, intent, f"{file.path}, {PLAN_KEY}", file.stack)  # the program does too, without the stack's name
     with _importable(Path.cwd()):
         from infra.policy import Context, check
         from planner.preview.cost import bill
-        from planner.preview.recording import record
+        from planner.preview.recording import needs_pulumi, record
 
-        given, unset = _with_secrets(given, project.name, lock, stack.strip())
-        program = str(project.program.resolve())
-        done = record(
-            lambda: runpy.run_path(program, run_name="__main__"),
-            project=project.name,
-            stack=stack.strip(),
-            config=given.values,
-            secret_keys=given.secret_keys,
-        )
-        findings = check(done.resources, Context(lock=lock, intent=intent, stack=stack.strip()))
+        with needs_pulumi(), _readable_files():
+            given, unset = _with_secrets(given, project.name, lock, file.stack)
+            program = str(project.program.resolve())
+            done = record(
+                lambda: runpy.run_path(program, run_name="__main__"),
+                project=project.name,
+                stack=file.stack,
+                config=given.values,
+                secret_keys=given.secret_keys,
+            )
+        findings = check(done.resources, Context(lock=lock, intent=intent, stack=file.stack))
     return Preview(
         project=project.name,
-        stack=stack.strip(),
+        stack=file.stack,
         lock=lock,
         resources=done.resources,
         bill=bill(done.resources, lock),
         outputs=done.outputs,
         findings=tuple(findings),
-        notes=(*unset, *done.notes),
+        notes=done.notes,
+        unset=unset,
     )
 
 
@@ -157,21 +164,54 @@ def shown(made: Preview) -> ShownPreview:
             for finding in made.findings
         ),
         quota=made.quota,
+        quota_for=_quota_for(lock),
         outputs=_readable(made.outputs),
         notes=made.notes,
+        unset=made.unset,
     )
 
 
-def _with_secrets(given: Configuration, project: str, lock: Lock, stack: str) -> tuple[Configuration, list[str]]:
-    """The configuration with a placeholder for each secret that must be set before `up`, and a note for each."""
+def _quota_for(lock: Lock) -> dict[str, str]:
+    """What each quota is for, by its name."""
+    spot = [pool.name for pool in lock.pools if pool.priority == "spot"]
+    found = {TOTAL_QUOTA: "all machines but spot", SPOT_QUOTA: _pools(spot)}
+    for pool in lock.pools:
+        same = [other.name for other in lock.pools if other.quota_family == pool.quota_family]
+        found[pool.quota_family] = _pools([name for name in same if name not in spot])
+    system = cpu_size(lock.around.cluster.system_sku).quota_family
+    found[system] = "system nodes, and one more while they are upgraded"
+    rest = [name for name in lock.quota if name not in found]
+    if "people/developer-machines" in lock.lines_usd and not rest:
+        found[system] += "; developers' machines"
+    return {name: found.get(name, "developers' machines") for name in lock.quota}
+
+
+def _pools(names: Sequence[str]) -> str:
+    return f"{'pool' if len(names) == 1 else 'pools'} {', '.join(names)}, full"
+
+
+def _with_secrets(given: Configuration, project: str, lock: Lock, stack: str) -> tuple[Configuration, dict[str, str]]:
+    """The configuration with a placeholder for each secret that must be set before `up`, and the command for each."""
     from infra.settings import needed_secrets
 
-    notes = []
+    unset = {}
     for name, command in needed_secrets(lock).items():
-        if f"{project}:{name}" not in given.values:
-            given = given.with_placeholder(f"{project}:{name}")
-            notes.append(f"the secret {project}:{name} is not set yet: {command} --stack {stack}")
-    return given, notes
+        key = f"{project}:{name}"
+        if key not in given.values:
+            given = given.with_placeholder(key)
+            unset[key] = f"{command} --stack {stack}"
+    return given, unset
+
+
+@contextlib.contextmanager
+def _readable_files() -> Iterator[None]:
+    """PlannerError for a file of the program that is missing or locked."""
+    try:
+        yield
+    except OSError as error:
+        raise PlannerError(
+            f"the Pulumi program cannot read {error.filename or 'a file'} ({error.strerror}): restore it from git"
+        ) from error
 
 
 def _public(row: Recorded) -> dict[str, Any]:
@@ -200,12 +240,20 @@ def _readable(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """The project's own packages can be imported also where it is not installed; not for longer than it takes."""
-    path = str(folder)
-    added = path not in sys.path
-    if added:
-        sys.path.append(path)
+    """The project's own packages go before those of another clone that is installed; not for longer than it takes.
+
+    PlannerError where the folder has no program of its own, or another clone's is already in use.
+    """
+    sys.path.insert(0, str(folder))
     try:
+        import infra
+
+        found = Path(infra.__file__).resolve() if infra.__file__ else None
+        if found is None or not found.is_relative_to(folder.resolve()):
+            raise PlannerError(
+                f"the program is that of {found.parents[1] if found else 'nobody'} and not of this folder: run planner"
+                " in a whole clone of the project, with the environment of that clone"
+            )
         yield
     except ModuleNotFoundError as error:
         if str(error.name).split(".")[0] != "infra":
@@ -214,5 +262,4 @@ def _importable(folder: Path) -> Iterator[None]:
             f"{error.name} is missing: run planner in a whole clone of the project, not in a copy of a part of it"
         ) from error
     finally:
-        if added:
-            sys.path.remove(path)
+        sys.path.remove(str(folder))

@@ -60,11 +60,14 @@ def _markdown(made: ShownPreview, *, tree: bool) -> str:
     else:
         body = [f"{len(made.resources)} resources are more than a comment can hold: `planner preview` prints them."]
     out += ["", *_details(f"All {len(made.resources)} resources", body)]
-    quota = _rows(("quota", "vCPUs"), [(name, f"{vcpus:,}") for name, vcpus in made.quota.items()])
+    needs = [(name, made.quota_for.get(name, ""), f"{vcpus:,}") for name, vcpus in made.quota.items()]
+    quota = _rows(("quota", "for", "vCPUs"), needs)
     asks = f"See and ask: [Quotas in the portal]({QUOTA_PAGE}), Compute, {made.region}."
     out += _details("Quota to have before this is deployed", [*quota, "", asks]) if made.quota else []
-    if made.notes:
-        out += _details(f"Notes ({len(made.notes)})", [f"- {markdown_text(note)}" for note in made.notes])
+    notes = [f"- {markdown_text(note)}" for note in made.notes]
+    notes += [f"- the secret `{_code(key)}` is not set yet: `{_code(how)}`" for key, how in made.unset.items()]
+    if notes:
+        out += _details(f"Notes ({len(notes)})", notes)
     return "\n".join([*out, f"Prices: {markdown_text(made.prices)}.", ""])
 
 

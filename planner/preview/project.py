@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from planner.errors import PlannerError
-from planner.stack import FOLDER, read_config, stack_path
+from planner.stack import FOLDER, StackFile
 
 FILE = Path("Pulumi.yaml")
 # what stands for a value that only the stack's key can decrypt
 PLACEHOLDER = "placeholder-of-an-encrypted-value"
+# what the program reads of its own
+SETTINGS = ("intent", "plan", "apiKey", "hfToken", "kubelogin", "systemPool")
 
 
 class Project(NamedTuple):
@@ -59,7 +62,7 @@ def read_project() -> Project:
     return Project(content["name"], program, config if isinstance(config, dict) else {})
 
 
-def configuration(project: Project, stack: str) -> Configuration:
+def configuration(project: Project, file: StackFile) -> Configuration:
     """The configuration of a stack over the defaults of its project.
 
     What is encrypted stays so: a placeholder stands for it, and the key counts as secret. PlannerError for a file that
@@ -67,7 +70,7 @@ def configuration(project: Project, stack: str) -> Configuration:
     """
     values: dict[str, str] = {}
     secret_keys: list[str] = []
-    stated = {_full(key, project.name): value for key, value in read_config(stack).items()}
+    stated = {_full(key, project.name): value for key, value in file.config.items()}
     for key, value in project.config.items():
         # a map is the schema of a value: with `value` for a provider's, `default` for the project's own
         default = value.get("value", value.get("default")) if isinstance(value, dict) else value
@@ -79,11 +82,22 @@ def configuration(project: Project, stack: str) -> Configuration:
             values[key] = _text(plain)
         except (TypeError, ValueError, RecursionError) as error:
             raise PlannerError(
-                f"{stack_path(stack)}: {key} holds what JSON cannot, such as a date: put it in quotes"
+                f"{file.path}: {key} holds what JSON cannot, such as a date: put it in quotes"
             ) from error
         if secret:
             secret_keys.append(key)
     return Configuration(values, tuple(secret_keys))
+
+
+def check_settings(given: Configuration, project: Project, file: StackFile) -> None:
+    """PlannerError for a setting of the project that its program does not know: a typo would go unseen."""
+    known = [f"{project.name}:{name}" for name in SETTINGS]
+    for key in given.values:
+        if key.startswith(f"{project.name}:") and key not in known:
+            near = difflib.get_close_matches(key.lower(), [name.lower() for name in known], n=1, cutoff=0.75)
+            meant = next((name for name in known if [name.lower()] == near), "")
+            hint = f"did you mean {meant}?" if meant else f"take it out, the program knows {', '.join(SETTINGS)}"
+            raise PlannerError(f"{file.path}: {key[:80]} is no setting of the program: {hint}")
 
 
 def _full(key: object, project: str) -> str:

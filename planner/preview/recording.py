@@ -72,7 +72,7 @@ def record(
     to stderr. PlannerError as the program raises it, for what it refuses as RunError, and where Pulumi is missing;
     any other exception of the program comes out as it is.
     """
-    with _needs_pulumi():
+    with needs_pulumi():
         from pulumi import RunError
         from pulumi.runtime.stack import run_in_stack
 
@@ -86,7 +86,7 @@ def record(
         recorder.configure(config, secret_keys)
         await run_in_stack(recorder.in_order(program))
 
-    with _needs_pulumi(), contextlib.redirect_stdout(sys.stderr), _no_collector(), asyncio.Runner() as runner:
+    with needs_pulumi(), contextlib.redirect_stdout(sys.stderr), _no_collector(), asyncio.Runner() as runner:
         try:
             # a context of its own: Pulumi keeps stack, settings and configuration in context variables
             runner.run(main(), context=contextvars.copy_context())
@@ -97,7 +97,8 @@ def record(
 
 
 @contextlib.contextmanager
-def _needs_pulumi() -> Iterator[None]:
+def needs_pulumi() -> Iterator[None]:
+    """PlannerError in place of Python's where Pulumi or one of its packages is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:

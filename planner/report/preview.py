@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ELSEWHERE = "planned, not created here"
+AMOUNT = "USD a month"
 NO_DIFF = "This is a plan of creates, not a diff: nothing was compared with Azure."
 
 
@@ -58,7 +59,8 @@ class ShownPreview(Frozen):
     """What `planner preview` prints. Money is USD a month, at the prices of the day of the plan.
 
     elsewhere: lines of the bill that no resource carries; unpriced: what the amount leaves out
-    quota: vCPUs to have, by the name Azure gives the quota; outputs: of the stack
+    quota: vCPUs to have, by the name Azure gives the quota; quota_for: what each is for; outputs: of the stack
+    unset: secrets to set before `pulumi up`, each with the command that sets it
     """
 
     schema_version: Literal["tonnage.preview/1"] = "tonnage.preview/1"
@@ -74,8 +76,10 @@ class ShownPreview(Frozen):
     unpriced: tuple[str, ...]
     findings: tuple[ShownFinding, ...]
     quota: dict[str, int]
+    quota_for: dict[str, str] = Field(default_factory=dict)
     outputs: dict[str, Any]
     notes: tuple[str, ...]
+    unset: dict[str, str] = Field(default_factory=dict)
 
     @property
     def standing(self) -> tuple[ShownFinding, ...]:
@@ -120,29 +124,33 @@ def print_preview(terminal: Console, made: ShownPreview) -> None:
     groups = excused(made)
     if groups:
         wide = terminal.width >= WIDE
-        table = _table("", [("excused", "left"), *([("resource", "left")] if wide else []), ("because", "left")])
+        table = _table("Excused", [("rule", "left"), *([("resource", "left")] if wide else []), ("because", "left")])
         for reason, found in groups.items():
             rules, resources = (", ".join(dict.fromkeys(names)) for names in zip(*found, strict=True))
             table.add_row(_escape(rules), *([_escape(resources)] if wide else []), _escape(reason))
         terminal.print(table)
     if made.quota:
-        table = _table(
-            "Quota to have before you deploy", [("vCPUs", "right"), ("quota", "name"), ("see and ask", "left")]
-        )
+        table = _table("Quota to have before you deploy", [("vCPUs", "right"), ("quota", "name"), ("for", "left")])
         for name, vcpus in made.quota.items():
-            table.add_row(f"{vcpus:,}", _escape(name), f"portal, Quotas, Compute, {made.region}")
+            table.add_row(f"{vcpus:,}", _escape(name), _escape(made.quota_for.get(name, "")))
         terminal.print(table)
-        terminal.print(f"What you have: az vm list-usage --location {made.region} -o table")
+        terminal.print(f"See and ask: portal, Quotas, Compute, {made.region}. What you have:")
+        terminal.print(f"  `az vm list-usage --location {made.region} -o table`", soft_wrap=True)
     for note in made.notes:
         terminal.print(f"Note: {_escape(note.rstrip('.'))}.")
+    for key, command in made.unset.items():
+        terminal.print(f"Note: the secret {_escape(key)} is not set yet:")
+        terminal.print(f"  `{_escape(command)}`", soft_wrap=True)
     terminal.print(f"Prices: {made.prices}.")
-    terminal.print(f"Next: {_escape(_next(made))}")
+    for number, step in enumerate(_next(made)):
+        terminal.print(f"{'' if number else 'Next:':5} {_escape(step)}", soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------- what both say
 
 
 def headline(made: ShownPreview) -> str:
+    """Stack, region, how much is made and what it costs, beside what is approved."""
     at_least = "at least " if made.unpriced else ""
     approved = made.approved_usd_per_month
     of = f" of {format_usd(approved)} approved" if approved is not None else ""
@@ -151,15 +159,19 @@ def headline(made: ShownPreview) -> str:
 
 
 def count(things: Sequence[object], noun: str) -> str:
+    """`1 finding`, `2 findings`."""
     return f"{len(things)} {noun}" if len(things) == 1 else f"{len(things)} {noun}s"
 
 
 def policy_title(made: ShownPreview) -> str:
+    """How many findings and notes stand, and how many are excused."""
     if not made.findings:
         return "Policy: nothing was found"
+    notes = [finding for finding in made.standing if finding.severity == "note"]
     reasons = len(made.findings) - len(made.standing)
-    more = f", {reasons} excused with a reason" if reasons else ""
-    return f"Policy: {count(made.standing, 'finding')}{more}"
+    said = f"Policy: {count(range(len(made.standing) - len(notes)), 'finding')}"
+    said += f", {count(notes, 'note')}" if notes else ""
+    return said + (f", {reasons} excused with a reason" if reasons else "")
 
 
 def gravest(findings: Sequence[ShownFinding]) -> list[ShownFinding]:
@@ -186,10 +198,11 @@ def remarks(made: ShownPreview) -> Iterator[str]:
             yield f"{row.name}: {row.why}."
 
 
-def _next(made: ShownPreview) -> str:
+def _next(made: ShownPreview) -> list[str]:
+    """What to do, a step each."""
     if any(finding.severity == "high" for finding in made.standing):
-        return "change what the findings name, or give a reason in the intent (exceptions), then preview again"
-    return f"pulumi up --stack {made.stack}"
+        return ["change what the findings name, or give a reason in the intent (exceptions), then preview again"]
+    return [*made.unset.values(), f"pulumi up --stack {made.stack}"]
 
 
 def cost(row: ShownResource) -> str:
@@ -202,14 +215,17 @@ def cost(row: ShownResource) -> str:
 
 
 def amount(usd: Decimal | None) -> str:
+    """`76.80`, or `unpriced`."""
     return "unpriced" if usd is None else money_figure(usd)
 
 
 def total(made: ShownPreview) -> str:
+    """`640.88`, `640.88 + ?` with lines that have no price."""
     return money_figure(made.usd_per_month) + (" + ?" if made.unpriced else "")
 
 
 def short(type_: str) -> str:
+    """`AgentPool` of azure-native:containerservice:AgentPool."""
     return type_.rpartition(":")[2]
 
 
@@ -218,11 +234,13 @@ def short(type_: str) -> str:
 
 def _tree(made: ShownPreview, width: int) -> object:
     """Names are broken here and not by the table, so that the lines of the tree go on beside them."""
-    table = _table("Resources", [("resource", "left"), ("type", "left"), ("USD a month", "right")])
+    table = _table("Resources", [("resource", "left"), ("type", "left"), (AMOUNT, "right")])
     wide = width >= WIDE
     found = list(branches(made))
     types = [branch.rows[0].type if wide else short(branch.rows[0].type) for branch in found]
-    room = width - max((len(type_) for type_ in types), default=0) - len("USD a month") - 6  # and the space between
+    amounts = [AMOUNT, total(made), *(cost(branch.rows[0]) for branch in found), *map(amount, made.elsewhere.values())]
+    others = max(map(len, [*types, ELSEWHERE])) + max(map(len, amounts))
+    room = width - others - 6  # and the space between
     for branch, type_ in zip(found, types, strict=True):
         lines = textwrap.wrap(label(branch), max(room - len(branch.guide), 12), break_on_hyphens=False)
         text = branch.guide + f"\n{branch.below}".join(line.lstrip(", ") for line in lines)
@@ -262,6 +280,7 @@ def _grouped(rows: Sequence[ShownResource]) -> list[tuple[ShownResource, ...]]:
 
 
 def label(branch: Branch) -> str:
+    """What a row of the tree is called, and whether it is kept."""
     first = branch.rows[0]
     # Kubernetes objects are called by their kind first, which the type says already
     kind = f"{short(first.type).lower()}-" if first.type.startswith("kubernetes:") else ""

@@ -48,6 +48,7 @@ POOL = LockedPool(
     os_disk_gib=128,
     driver="Install",
     max_surge=0,
+    supports_bf16=False,
 )
 OTHER = POOL.model_copy(update={"name": "a10", "priority": "on-demand", "workloads": ("chat",)})
 TAGS = {
@@ -599,7 +600,7 @@ BROKEN = [
     Broken("max-pods", "t4spot", "maxPods", GONE),
     Broken("autoscaling", "cluster", f"{CLUSTER_POOL}/enableAutoScaling", False),
     Broken("min-nodes", "cluster", f"{CLUSTER_POOL}/minCount", 2),
-    Broken("min-nodes", "t4spot", "minCount", 0, ("pools-as-planned",)),
+    Broken("min-nodes", "t4spot", "minCount", 0),
     Broken("system-nodes", "cluster", f"{CLUSTER_POOL}/count", 1),
     Broken("zones", "cluster", f"{CLUSTER_POOL}/availabilityZones", GONE),
     Broken("system-taint", "cluster", f"{CLUSTER_POOL}/nodeTaints", []),
@@ -760,8 +761,9 @@ def test_an_exception_that_names_no_rule_is_refused() -> None:
         PlannerError, match=r"'http-only' of the intent names no rule of the policy: did you mean https-"
     ):
         check_good(exceptions={"http-only": "some reason"})
-    with pytest.raises(PlannerError, match=r"'zzz/account'.*: docs/policy.md lists them$"):
-        check_good(exceptions={"zzz/account": "some reason"})
+    for name in ("zzz/account", "public-access"):  # the second is like several, and none that is meant
+        with pytest.raises(PlannerError, match=rf"'{name}'.*: docs/policy.md lists them$"):
+            check_good(exceptions={name: "some reason"})
 
 
 def test_an_exception_that_excuses_nothing_is_a_note() -> None:
@@ -1020,12 +1022,35 @@ def test_what_keda_scales_counts_by_its_most_pods() -> None:
     assert "100 GPUs" in landing((POOL,), scaled, scaler())["gpus-fit"]  # KEDA's default
 
 
-def test_a_gpu_in_slices_counts_as_many() -> None:
-    # 2 machines x 1 GPU x 7 slices of the smallest MIG profile
-    mig = (POOL.model_copy(update={"gpu_instance_profile": "MIG1g"}),)
+def test_the_devices_of_a_cut_gpu_are_those_that_the_plan_counts() -> None:
+    # a machine whose GPU is cut into the 7 devices of the smallest MIG profile; the pool has 2 machines
+    mig = (POOL.model_copy(update={"gpu_instance_profile": "MIG1g", "gpus_per_node": 7}),)
     quota = kube("core/v1:ResourceQuota", "gpus", spec={"hard": {"requests.nvidia.com/gpu": "14"}})
     assert landing(mig, server(["t4spot"], replicas=14), quota) == {}
     assert "15 GPUs" in landing(mig, server(["t4spot"], replicas=15))["gpus-fit"]
+    told = check(list(good().values()), context(pools=mig))
+    assert [one.sentence for one in told if one.rule == "pools-as-planned"] == [
+        "gpuInstanceProfile is None and the plan's is MIG1g: take it from the plan"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made", "planned", "found"),
+    [
+        ({"maxSurge": "1"}, 1, []),
+        ({"maxSurge": "0", "maxUnavailable": "1"}, 0, []),
+        ({"maxSurge": UNKNOWN}, 1, []),
+        ({"maxSurge": "1"}, 0, ["upgradeSettings.maxSurge is 1 and the plan's is 0: take it from the plan"]),
+        (None, 0, ["upgradeSettings.maxSurge is None and the plan's is 0: take it from the plan"]),
+    ],
+)
+def test_machines_that_an_upgrade_adds_are_the_plans(made: Any, planned: int, found: list[str]) -> None:
+    pool = POOL.model_copy(update={"priority": "on-demand", "max_surge": planned})
+    stack = good()
+    for path, value in (("scaleSetPriority", "Regular"), ("upgradeSettings", made)):
+        stack["t4spot"] = changed(stack["t4spot"], path, value)
+    told = check(list(stack.values()), context(pools=(pool,)))
+    assert [one.sentence for one in told if one.rule == "pools-as-planned"] == found
 
 
 def test_the_quota_counts_machines_on_demand_by_their_family_and_in_total() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 import shlex
@@ -24,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from locks import ROOT, STACKS, planned, shipped
 
+import infra
 from infra.policy import SECRET, UNKNOWN, Context, Finding, Recorded
 from planner import preview as previews
 from planner.cli import app
@@ -32,9 +34,11 @@ from planner.plan.lock import Lock
 from planner.preview import cost as costs
 from planner.preview.cost import CARRIERS, FALLBACK, FREE, bill
 from planner.preview.markdown import COMMENT_MAX, preview_markdown
-from planner.preview.project import PLACEHOLDER, configuration, read_project
+from planner.preview.project import PLACEHOLDER, SETTINGS, Configuration, read_project
+from planner.preview.project import configuration as configured
 from planner.preview.recording import Recording, record
-from planner.report.preview import NO_DIFF, ShownPreview
+from planner.report.preview import NO_DIFF, ShownPreview, branches
+from planner.stack import read_stack
 
 if find_spec("pulumi") is None:
     pytest.skip("pulumi is not installed: uv sync --extra infra", allow_module_level=True)
@@ -360,7 +364,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_program(tmp_path, PROGRAM.replace("CANARY", CANARY))
     write_stack(tmp_path, intent_of("dev-32k"), LOCK)
     monkeypatch.chdir(tmp_path)
+    # what is imported already counts as this project's own
+    monkeypatch.setattr(infra, "__file__", str(tmp_path / "infra" / "__init__.py"))
     return tmp_path
+
+
+def configuration(stack: str) -> Configuration:
+    return configured(read_project(), read_stack(stack))
 
 
 def write_program(project: Path, source: str) -> None:
@@ -391,7 +401,7 @@ def test_the_defaults_of_the_project_lie_under_the_stacks_values(project: Path) 
     (project / "stacks" / "Pulumi.x.yaml").write_text(
         "config:\n  tonnage:kubelogin: spn\n  tonnage:on: true\n  tonnage:deep: {a: [1, 2.5]}\n"
     )
-    found = configuration(read_project(), "x")
+    found = configuration("x")
     assert found.values == {
         "azure-native:location": "swedencentral",
         "pulumi:autonaming": '{"mode": "verbatim"}',
@@ -411,7 +421,7 @@ def test_encrypted_values_become_placeholders_and_their_keys_secret(project: Pat
         f"  tonnage:deep: {{open: 1, list: [{{secure: {CANARY}}}]}}\n"
         "  tonnage:open: {insecure: 1}\n"
     )
-    found = configuration(read_project(), "x")
+    found = configuration("x")
     assert found.values["tonnage:apiKey"] == PLACEHOLDER
     assert json.loads(found.values["tonnage:deep"]) == {"open": 1, "list": [PLACEHOLDER]}
     assert found.secret_keys == ("tonnage:apiKey", "tonnage:deep")
@@ -436,7 +446,7 @@ def test_a_project_that_cannot_be_previewed_is_refused(project: Path, about: str
 def test_a_date_without_quotes_is_refused(project: Path) -> None:
     (project / "stacks" / "Pulumi.x.yaml").write_text("config:\n  tonnage:day: 2026-11-22\n")
     with pytest.raises(PlannerError, match="tonnage:day holds what JSON cannot"):
-        configuration(read_project(), "x")
+        configuration("x")
 
 
 # ------------------------------------------------------------------------------------------------------------- cost
@@ -595,7 +605,7 @@ def test_the_terminal_shows_amount_tree_policy_quota_and_the_next_step(
     assert outcome.exit_code == 0
     assert outcome.stderr == "hello from the program\n"
     said = outcome.stdout.splitlines()
-    assert all(len(line) <= columns for line in said)
+    assert all(len(line) <= columns for line in said if "pulumi config set" not in line)
     # 1 group, 1 component, 1 cluster, 1 pool, account, cache, vault, its secret, 2 accounts and 1 Secret of Kubernetes
     assert re.match(r"dev-32k in eastus: 11 resources, at least \$[0-9.]+ a month of\b", said[0])
     assert f"${LOCK.usd} a month" in said[0]
@@ -613,7 +623,7 @@ def test_the_terminal_shows_amount_tree_policy_quota_and_the_next_step(
     assert "Policy: 1 finding, 1 excused with a reason" in text
     assert text.index(" y ") < text.index("no one else is in it yet")
     assert "Total Regional vCPUs" in text
-    assert said[-1] == "Next: pulumi up --stack dev-32k"
+    assert said[-1] == "      pulumi up --stack dev-32k"
     # amounts end where the column ends
     tree = text[text.index("Resources") : text.index("Unpriced:")].rstrip().splitlines()[3:]
     assert len({len(line) for line in tree}) == 1
@@ -648,8 +658,89 @@ def test_no_secret_is_printed_in_any_form(project: Path, no_policy: list[Finding
 
 def test_a_secret_that_is_not_set_yet_is_a_note_with_its_command(project: Path, no_policy: list[Finding]) -> None:
     said = " ".join(golden.run(COMMAND).stdout.split())
-    assert "Note: the secret tonnage:apiKey is not set yet: pulumi config set --secret tonnage:apiKey" in said
-    assert '" --stack dev-32k.' in said
+    assert "Note: the secret tonnage:apiKey is not set yet: `pulumi config set --secret tonnage:apiKey" in said
+    assert said.endswith(
+        'Next: pulumi config set --secret tonnage:apiKey "$(openssl rand -hex 32)" --stack dev-32k'
+        " pulumi up --stack dev-32k"
+    )
+    made = json.loads(golden.run((*COMMAND, "--json")).stdout)
+    assert list(made["unset"]) == ["tonnage:apiKey"]
+
+
+def test_commands_stand_on_lines_of_their_own_that_are_never_broken(project: Path, no_policy: list[Finding]) -> None:
+    lines = golden.run(COMMAND, 80).stdout.splitlines()
+    command = 'pulumi config set --secret tonnage:apiKey "$(openssl rand -hex 32)" --stack dev-32k'
+    assert f"  `{command}`" in lines
+    assert f"Next: {command}" in lines
+    assert "  `az vm list-usage --location eastus -o table`" in lines
+
+
+def test_notes_of_the_policy_are_not_counted_as_findings(project: Path, no_policy: list[Finding]) -> None:
+    no_policy.extend((finding(severity="note"), finding(severity="low"), finding(severity="medium")))
+    assert "Policy: 2 findings, 1 note." in golden.run(COMMAND).stdout
+
+
+def test_a_setting_that_the_program_does_not_know_is_refused(project: Path, no_policy: list[Finding]) -> None:
+    write_stack(project, intent_of("dev-32k"), LOCK, **{"tonnage:kubeLogin": "spn"})
+    assert "tonnage:kubeLogin is no setting of the program: did you mean tonnage:kubelogin?" in refused(*COMMAND)
+    write_stack(project, intent_of("dev-32k"), LOCK, **{"tonnage:colour": "red"})
+    assert "tonnage:colour is no setting of the program: take it out" in refused(*COMMAND)
+
+
+def test_the_settings_that_are_taken_are_those_that_the_program_reads() -> None:
+    from infra.settings import SECRETS
+
+    source = (ROOT / "infra" / "__main__.py").read_text(encoding="utf-8")
+    assert set(re.findall(r'config\.get\w*\("(\w+)"\)', source)) | set(SECRETS) == set(SETTINGS)
+
+
+def test_a_quota_says_what_it_is_for(project: Path, no_policy: list[Finding]) -> None:
+    made = json.loads(golden.run((*COMMAND, "--json")).stdout)["quota_for"]
+    # one pool, on spot; people's machines are of the system nodes' family
+    assert made == {
+        "standardDSv5Family": "system nodes, and one more while they are upgraded; developers' machines",
+        "Total Regional Spot vCPUs": "pool a100spot, full",
+        "Total Regional vCPUs": "all machines but spot",
+    }
+
+
+def test_without_pulumi_the_command_says_what_to_install(project: Path) -> None:
+    script = (
+        "import sys\n"
+        "for name in ('pulumi', 'pulumi_azure_native', 'pulumi_kubernetes'): sys.modules[name] = None\n"
+        "from planner.cli import main\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", script, *COMMAND]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "planner: a preview needs pulumi, which is not installed: uv sync --extra infra\n"
+
+
+def test_a_file_that_the_program_misses_is_not_mistaken_for_stdout(project: Path, no_policy: list[Finding]) -> None:
+    write_program(project, "open('missing.yaml')\n")
+    assert "the Pulumi program cannot read missing.yaml (No such file or directory): restore it" in refused(*COMMAND)
+
+
+def test_the_program_of_another_clone_is_refused(
+    project: Path, no_policy: list[Finding], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(infra, "__file__", str(ROOT / "infra" / "__init__.py"))
+    assert f"the program is that of {ROOT} and not of this folder: run planner in a whole clone" in refused(*COMMAND)
+
+
+def test_the_packages_of_the_folder_go_before_those_that_are_installed(tmp_path: Path) -> None:
+    for clone in ("mine", "other"):
+        (tmp_path / clone / "infra").mkdir(parents=True)
+        (tmp_path / clone / "infra" / "__init__.py").write_text("")
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom planner.preview import _importable\n"
+        "sys.path.insert(0, 'other')\n"
+        "with _importable(Path('mine')):\n    import infra\n    print(infra.__file__)\n"
+        "print(sys.path[0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [str(tmp_path / "mine" / "infra" / "__init__.py"), "other"]
 
 
 def test_the_comment_says_what_costs_and_hides_the_rest(project: Path, no_policy: list[Finding]) -> None:
@@ -699,7 +790,8 @@ def test_a_plan_over_budget_ends_with_1(project: Path, no_policy: list[Finding])
 
 def test_a_plan_for_another_intent_is_refused(project: Path, no_policy: list[Finding]) -> None:
     write_stack(project, intent_of("dev-32k") | {"approved_usd_per_month": 701}, LOCK)
-    assert "answers another intent" in refused(*COMMAND)
+    said = refused(*COMMAND)
+    assert "answers another intent than the one beside it: run `planner plan --stack dev-32k` and commit" in said
 
 
 def test_bad_input_is_one_sentence(
@@ -801,12 +893,38 @@ def test_the_real_program_shows_no_secret_in_any_form(project: Path, form: tuple
     assert PLACEHOLDER not in outcome.stdout + outcome.stderr
 
 
+@each_stack
+def test_every_row_of_the_tree_begins_with_its_guide_at_80_columns(stack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = real(stack)
+    monkeypatch.setattr(previews, "preview", lambda _: made)
+    # 1,416.11 + ? is wider than the heading of its column
+    known = made.bill.costs[0]._replace(usd=Decimal("1416.11"), lines=("x",), unpriced=("y",))
+    assert golden.run(("preview", "--stack", stack), 80).exit_code == 0
+    dear = dataclasses.replace(made, bill=made.bill._replace(costs=(known, *made.bill.costs[1:])))
+    for one in (made, dear):
+        monkeypatch.setattr(previews, "preview", lambda _, one=one: one)
+        said = golden.run(("preview", "--stack", stack), 80).stdout.splitlines()
+        heading = next(n for n, line in enumerate(said) if line.startswith(" resource "))
+        column = said[heading].index(" type ") + 1
+        last = next(n for n, line in enumerate(said) if line.startswith(" total "))
+        rows = said[heading + 2 : last - len(made.bill.elsewhere)]
+        # a row that begins has a type, those that go on have none
+        guides = iter(branches(previews.shown(one)))
+        for line in rows:
+            if line[column] != " ":
+                branch = next(guides)
+                assert line.startswith(f" {branch.guide}"), line
+            else:
+                assert line.startswith(f" {branch.below}"), line
+        assert next(guides, None) is None
+
+
 @pytest.mark.parametrize("columns", [80, 160])
 def test_a_shipped_stack_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = real("prod-standard")
     monkeypatch.setattr(previews, "preview", lambda _: made)
     said = golden.run(("preview", "--stack", "prod-standard"), columns).stdout.splitlines()
-    assert all(len(line) <= columns for line in said)
+    assert all(len(line) <= columns for line in said if "pulumi config set" not in line)
     assert len(said) > 60
 
 
@@ -842,6 +960,38 @@ def test_the_scripts_of_the_examples_are_bash_and_their_planner_commands_exist(f
         group.commands[name].make_context(name, arguments)  # refuses an option that is not there
     assert any("pulumi up --yes" in script for script in found)
     assert any("pulumi preview" in script for script in found)
+
+
+@pytest.mark.parametrize("file", [ACTIONS, PIPELINES], ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    ("stub", "holds"),
+    [
+        (
+            "echo 'said by the program' >&2; echo 'planner: no plan here: plan again' >&2; exit 2",
+            "planner: no plan here",
+        ),
+        (
+            "echo '<!-- tonnage-preview dev-32k -->'; echo '### a preview'; echo 'planner: grave' >&2; exit 1",
+            "### a prev",
+        ),
+    ],
+)
+def test_the_comment_of_the_examples_says_what_a_preview_refuses(
+    file: Path, stub: str, holds: str, tmp_path: Path
+) -> None:
+    (script,) = (found for found in scripts(yaml.safe_load(file.read_text(encoding="utf-8"))) if "said.txt" in found)
+    (tmp_path / "uv").write_text(f"#!/bin/sh\n{stub}\n")
+    (tmp_path / "uv").chmod(0o755)
+    outside = {name: str(tmp_path / "out") for name in ("GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT")}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "STACK": "dev-32k", **outside}
+    done = subprocess.run(
+        ["bash", "-e", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    text = (tmp_path / "preview.md").read_text()
+    assert text.startswith("<!-- tonnage-preview dev-32k -->\n")
+    assert holds in text
+    assert "said by the program" not in text
+    assert "planner: " in done.stderr
 
 
 def test_the_job_that_runs_a_pull_requests_code_has_no_credentials() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -610,6 +611,16 @@ def test_an_option_with_nothing_in_it_is_refused(option: str, value: str) -> Non
     outcome = golden.run(("plan", "--model", "qwen3-8b", "--ctx", "8k", option, value))
     assert outcome.exit_code == 2
     assert outcome.stderr.startswith(f"planner: {option} is empty: write a name, such as {option} ")
+
+
+def test_a_file_that_fails_is_not_mistaken_for_stdout(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def locked(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "prices.json")
+
+    monkeypatch.setattr("planner.money.load_sheet", locked)
+    outcome = golden.run(("plan", "--stack", "mine"))
+    assert (outcome.exit_code, outcome.stdout) == (2, "")
+    assert outcome.stderr.startswith("planner: prices.json cannot be used (Permission denied): see that")
 
 
 def test_json_on_stdout_is_nothing_but_the_plan(project: Path) -> None:
