@@ -103,7 +103,9 @@ class Federation(pulumi.ComponentResource):
             self.credentials.append(
                 managedidentity.FederatedIdentityCredential(
                     workload,
-                    federated_identity_credential_resource_name=limited("federated credential", workload),
+                    federated_identity_credential_resource_name=limited(
+                        "federated credential", f"{args.namespace}-{workload}"
+                    ),
                     resource_group_name=args.resource_group_name,
                     resource_name_=args.identities[kind].name,
                     issuer=args.issuer,

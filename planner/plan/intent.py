@@ -29,7 +29,7 @@ from planner.size import rope_factor
 from planner.units import parse_tokens
 
 ANY_REGION = "any"
-_NAME = r"^[a-z][a-z0-9-]{1,30}[a-z0-9]$"  # Azure's federated credentials have three characters and more
+_NAME = r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$"
 
 
 def _tokens(value: object) -> object:
@@ -261,7 +261,7 @@ _WRITE = {
     ("approved_usd_per_month", "decimal"): "write dollars and cents, such as 600.00",
     ("tags", "string_pattern"): "write a name of letters, digits, blanks, hyphens and dots",
     ("checkpoint", "string_pattern"): "write a hub id such as Qwen/Qwen3-8B-AWQ",
-    ("name", "string_pattern"): "write 3 to 32 lower-case letters, digits and hyphens, a letter first",
+    ("name", "string_pattern"): "write at most 32 lower-case letters, digits and hyphens, a letter first",
     ("", "string_pattern"): "it has characters that are not taken there",
     ("", "decimal_max_places"): "write fewer digits behind the point",
     ("", "decimal"): "write a number such as 1.5",

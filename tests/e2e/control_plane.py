@@ -308,7 +308,7 @@ def _start_rest(found: Engines, folder: Path, processes: list[subprocess.Popen[b
         _run(
             folder, "kube-controller-manager", found.kube_controller_manager, *shared,
             f"--root-ca-file={certificate}", f"--service-account-private-key-file={folder / 'service-account.pem'}",
-            # the pretended kubelets send no heartbeats: without them a node would count as lost, and its pods as unready
+            # the pretended kubelets send no heartbeats: a node would count as lost without this, its pods as unready
             "--node-monitor-grace-period=24h",
         )
     )  # fmt: skip

@@ -198,7 +198,8 @@ def completes(made: World) -> None:
     made.up()
     made.start_run("finetune")
     in_state = {r["id"].lower() for r in made.project.state(made.stack) if r["type"].startswith("azure-native:")}
-    orphans = {resource_id for resource_id in made.standins.resources() if resource_id.lower() not in in_state}
+    # the cluster's own pool is made with it, and has no state of its own
+    orphans = {r for r in made.standins.resources() if r not in in_state and not r.endswith("/agentpools/system")}
     assert orphans == set()
     assert made.ok(made.project.preview(made.stack, "--expect-no-changes")).changed() == {}
     assert made.secrets_in_plain_text() == []
@@ -221,7 +222,7 @@ def test_a_quota_that_does_not_suffice_names_the_pool_and_the_family(faulty: Wor
 
 def test_a_conflict_on_a_federated_credential_names_it(faulty: World) -> None:
     faulty.standins.set_faults(
-        {"type": "FederatedIdentityCredential", "name": "serve", "fault": "conflict", "times": 1}
+        {"type": "FederatedIdentityCredential", "name": "*serve", "fault": "conflict", "times": 1}
     )
     errors = errors_of(faulty)
     assert any("FederatedIdentityCredential::serve" in resource and "409" in text for resource, text in errors)

@@ -62,8 +62,9 @@ def test_every_golden_file_belongs_to_a_case() -> None:
 def test_no_line_is_wider_than_the_terminal(case: Any, columns: int) -> None:
     if case.suffix != "txt":
         return
-    wide = [line for line in case.file(columns).read_text(encoding="utf-8").splitlines() if len(line) > columns]
-    assert wide == []
+    lines = case.file(columns).read_text(encoding="utf-8").splitlines()
+    # a command stays in one piece, so that it can be copied
+    assert [line for line in lines if len(line) > columns and not line.strip().startswith(("pulumi ", "`pulumi "))] == []
 
 
 def test_the_typer_app_and_the_entry_point_print_the_same() -> None:
