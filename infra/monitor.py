@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from uuid import NAMESPACE_URL, uuid5
 
 import pulumi
 from pulumi_azure_native import alertsmanagement, authorization, dashboard, monitor, operationalinsights
@@ -16,9 +15,6 @@ from infra.roles import role_assignment
 from planner.errors import PlannerError
 
 RETENTION_DAYS = 30  # what Log Analytics keeps without a further charge
-
-# source: Azure built-in roles, https://learn.microsoft.com/azure/role-based-access-control/built-in-roles/monitor
-GRAFANA_ADMIN = "22926164-76b3-42b3-bc55-97df8dab3e41"
 
 METRICS_STREAM = "Microsoft-PrometheusMetrics"
 # what people look for in a failure; the other streams of Container insights repeat what Prometheus has, for more money
@@ -169,20 +165,15 @@ class Monitor(pulumi.ComponentResource):
             parent=self,
         )
         for group in args.grafana_admin_group_ids:
-            assigned = pulumi.Output.concat(args.subscription_id, f"/{args.names.stack}/grafana-admin-{group}")
-            authorization.RoleAssignment(
+            role_assignment(
                 f"grafana-admin-{group}",
-                role_assignment_name=assigned.apply(lambda text: str(uuid5(NAMESPACE_URL, text))),
+                stack=args.names.stack,
+                role="Grafana Admin",
                 scope=grafana.id,
-                role_definition_id=pulumi.Output.concat(
-                    "/subscriptions/",
-                    args.subscription_id,
-                    "/providers/Microsoft.Authorization/roleDefinitions/",
-                    GRAFANA_ADMIN,
-                ),
                 principal_id=group,
+                subscription_id=args.subscription_id,
+                parent=self,
                 principal_type=authorization.PrincipalType.GROUP,
-                opts=pulumi.ResourceOptions(parent=self),
             )
         return grafana.properties.endpoint
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import pulumi
 from pulumi_azure_native import network, privatedns
@@ -151,44 +152,59 @@ def private_kinds(count: int) -> tuple[str, ...]:
     return tuple(ZONES)[:count]
 
 
+def is_private(kind: str, endpoints: Endpoints | None) -> bool:
+    """Whether a service (blob, vault or registry) is reached inside the network alone."""
+    return endpoints is not None and kind in endpoints.zone_ids
+
+
+class Reachable(Protocol):
+    """What the arguments of a component that may have a private endpoint say of it."""
+
+    @property
+    def location(self) -> str: ...
+    @property
+    def resource_group_name(self) -> pulumi.Input[str]: ...
+    @property
+    def tags(self) -> Mapping[str, str]: ...
+    @property
+    def names(self) -> Names: ...
+    @property
+    def endpoints(self) -> Endpoints | None: ...
+
+
 def private_endpoint(
-    kind: str,
-    target_id: pulumi.Input[str],
-    endpoints: Endpoints,
-    *,
-    location: str,
-    resource_group_name: pulumi.Input[str],
-    tags: Mapping[str, str],
-    names: Names,
-    parent: pulumi.Resource,
-) -> network.PrivateDnsZoneGroup:
+    kind: str, target_id: pulumi.Input[str], args: Reachable, parent: pulumi.Resource
+) -> list[pulumi.Resource]:
     """The endpoint of a storage account (blob), vault or registry inside the network, and its name in private DNS.
 
-    Gives the last resource made, to wait for. KeyError for a kind that has no zone in `endpoints`.
+    Gives the last resource made, to wait for; nothing where the service has no endpoint.
     """
-    zone_id = endpoints.zone_ids[kind]
+    if args.endpoints is None or not is_private(kind, args.endpoints):
+        return []
     endpoint = network.PrivateEndpoint(
         kind,
-        private_endpoint_name=names.of("private endpoint", kind),
-        location=location,
-        resource_group_name=resource_group_name,
-        tags=tags,
-        subnet=network.SubnetArgs(id=endpoints.subnet_id),
+        private_endpoint_name=args.names.of("private endpoint", kind),
+        location=args.location,
+        resource_group_name=args.resource_group_name,
+        tags=args.tags,
+        subnet=network.SubnetArgs(id=args.endpoints.subnet_id),
         private_link_service_connections=[
             network.PrivateLinkServiceConnectionArgs(name=kind, private_link_service_id=target_id, group_ids=[kind])
         ],
         # one after another: Azure refuses endpoints that are written to one subnet at the same time
-        opts=pulumi.ResourceOptions(parent=parent, depends_on=endpoints.made[-1:]),
+        opts=pulumi.ResourceOptions(parent=parent, depends_on=args.endpoints.made[-1:]),
     )
-    endpoints.made.append(endpoint)
-    return network.PrivateDnsZoneGroup(
+    args.endpoints.made.append(endpoint)
+    zone = network.PrivateDnsZoneConfigArgs(name=kind, private_dns_zone_id=args.endpoints.zone_ids[kind])
+    group = network.PrivateDnsZoneGroup(
         kind,
         private_dns_zone_group_name="default",
         private_endpoint_name=endpoint.name,
-        resource_group_name=resource_group_name,
-        private_dns_zone_configs=[network.PrivateDnsZoneConfigArgs(name=kind, private_dns_zone_id=zone_id)],
+        resource_group_name=args.resource_group_name,
+        private_dns_zone_configs=[zone],
         opts=pulumi.ResourceOptions(parent=parent),
     )
+    return [group]
 
 
 def _nodes_rules() -> tuple[network.SecurityRuleArgs, ...]:

@@ -15,7 +15,7 @@ from pulumi_azure_native import containerregistry as acr
 from pulumi_azure_native import resources
 
 from infra.names import Names
-from infra.network import Endpoints, private_endpoint
+from infra.network import Endpoints, is_private, private_endpoint
 from infra.roles import role_assignment
 from planner.errors import PlannerError
 from planner.plan.lock import Lock
@@ -57,7 +57,7 @@ class Registry(pulumi.ComponentResource):
     def __init__(self, name: str, args: RegistryArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("tonnage:infra:Registry", name, {}, opts)
         tier = str(args.lock.around.cluster.registry)
-        private = args.endpoints is not None and "registry" in args.endpoints.zone_ids
+        private = is_private("registry", args.endpoints)
         if private and tier != "premium":
             raise PlannerError(
                 f"a registry of the {tier} tier cannot have a private endpoint: set cluster.registry to premium, or"
@@ -67,19 +67,7 @@ class Registry(pulumi.ComponentResource):
         self.registry_id = registry.id
         self.login_server = pulumi.Output.format("{0}.azurecr.io", registry.name)
         self.ready = [self._role("kubelet-pulls", "AcrPull", args.kubelet_principal_id, args)]
-        if args.endpoints is not None and private:
-            self.ready.append(
-                private_endpoint(
-                    "registry",
-                    registry.id,
-                    args.endpoints,
-                    location=args.location,
-                    resource_group_name=args.resource_group_name,
-                    tags=args.tags,
-                    names=args.names,
-                    parent=self,
-                )
-            )
+        self.ready += private_endpoint("registry", registry.id, args, self)
         self.train_image = None
         if any(workload.task == "finetune" for workload in args.lock.workloads):
             self.train_image = self._build(registry, args, private)

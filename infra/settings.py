@@ -14,7 +14,7 @@ from infra.storage import Grant
 from planner.errors import PlannerError
 from planner.plan import Intent, parse_intent
 from planner.plan.lock import AGAIN, Lock, check_lock, parse_lock
-from planner.stack import INTENT_KEY, PLAN_KEY
+from planner.stack import INTENT_KEY, PLAN_KEY, needed_secrets
 
 # config key -> name in the vault
 SECRETS = {"apiKey": "api-key", "hfToken": "hf-token"}
@@ -118,13 +118,6 @@ def watched(lock: Lock) -> Watch:
         pool_minimums={pool.name: pool.min_nodes for pool in lock.pools if pool.min_nodes},
         start_minutes=-(-start // 60),
     )
-
-
-def needed_secrets(lock: Lock) -> dict[str, str]:
-    """Config keys that the workloads cannot do without, each with the command that sets it."""
-    if any(workload.task == "serve" for workload in lock.workloads):
-        return {"apiKey": 'pulumi config set --secret tonnage:apiKey "$(openssl rand -hex 32)"'}
-    return {}
 
 
 def check_secrets(lock: Lock, stack: str, given: Collection[str], encrypted: Collection[str]) -> None:

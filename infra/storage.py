@@ -10,7 +10,7 @@ import pulumi
 from pulumi_azure_native import authorization, storage
 
 from infra.names import Names
-from infra.network import Endpoints, private_endpoint
+from infra.network import Endpoints, is_private, private_endpoint
 from infra.roles import role_assignment
 from planner.plan.lock import Around
 
@@ -74,7 +74,7 @@ class Storage(pulumi.ComponentResource):
     def __init__(self, name: str, args: StorageArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("tonnage:infra:Storage", name, {}, opts)
         keep = pulumi.ResourceOptions(parent=self, protect=args.protect, retain_on_delete=args.protect)
-        private = args.endpoints is not None and "blob" in args.endpoints.zone_ids
+        private = is_private("blob", args.endpoints)
         account = storage.StorageAccount(
             args.names.unique,
             location=args.location,
@@ -114,19 +114,7 @@ class Storage(pulumi.ComponentResource):
         made = {kind: self._container(kind, args, keep) for kind in CONTAINERS}
         self.containers = {kind: container.name for kind, container in made.items()}
         self.ready = [*made.values(), *(self._grant(grant, args, made) for grant in args.grants)]
-        if args.endpoints is not None and private:
-            self.ready.append(
-                private_endpoint(
-                    "blob",
-                    account.id,
-                    args.endpoints,
-                    location=args.location,
-                    resource_group_name=args.resource_group_name,
-                    tags=args.tags,
-                    names=args.names,
-                    parent=self,
-                )
-            )
+        self.ready += private_endpoint("blob", account.id, args, self)
         self.register_outputs({"account_name": self.account_name, "blob_endpoint": self.blob_endpoint})
 
     def _service(self, args: StorageArgs) -> storage.BlobServiceProperties:

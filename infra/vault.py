@@ -9,7 +9,7 @@ import pulumi
 from pulumi_azure_native import keyvault
 
 from infra.names import Names
-from infra.network import Endpoints, private_endpoint
+from infra.network import Endpoints, is_private, private_endpoint
 from infra.roles import role_assignment
 from planner.plan.lock import Around
 
@@ -50,7 +50,7 @@ class Vault(pulumi.ComponentResource):
 
     def __init__(self, name: str, args: VaultArgs, opts: pulumi.ResourceOptions | None = None) -> None:
         super().__init__("tonnage:infra:Vault", name, {}, opts)
-        private = args.endpoints is not None and "vault" in args.endpoints.zone_ids
+        private = is_private("vault", args.endpoints)
         prod = args.around.posture == "prod"
         vault = keyvault.Vault(
             args.names.unique,
@@ -89,19 +89,7 @@ class Vault(pulumi.ComponentResource):
             )
             for reader, principal_id in args.readers.items()
         ]
-        if args.endpoints is not None and private:
-            self.ready.append(
-                private_endpoint(
-                    "vault",
-                    vault.id,
-                    args.endpoints,
-                    location=args.location,
-                    resource_group_name=args.resource_group_name,
-                    tags=args.tags,
-                    names=args.names,
-                    parent=self,
-                )
-            )
+        self.ready += private_endpoint("vault", vault.id, args, self)
         self.register_outputs({"vault_name": self.vault_name, "vault_uri": self.vault_uri})
 
     def _secret(self, name: str, value: pulumi.Input[str], args: VaultArgs) -> keyvault.Secret:

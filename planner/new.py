@@ -20,7 +20,7 @@ from planner.plan import Intent, make_plan, over_budget
 from planner.plan.intent import ANY_REGION, region_names
 from planner.plan.lock import Lock
 from planner.report import put
-from planner.stack import check_stack_name, intent_in, stack_path, with_lock, write_text
+from planner.stack import check_stack_name, intent_in, needed_secrets, stack_path, with_lock, write_text
 from planner.units import format_usd, parse_tokens
 
 # what must be said, and what is asked with it: option, question, answer when none is given
@@ -36,8 +36,6 @@ QUESTIONS = (
 ADDRESSES = "Addresses that may call the cluster's API (CIDR, with commas; empty: any, with your reason)"
 REASON = "Why every address may call it (empty: to be filled in later)"
 ALLOWED = {"task": ("serve", "finetune", "both"), "posture": ("dev", "prod")}
-# as the program asks for it where a stack has a server
-API_KEY = 'pulumi config set --secret tonnage:apiKey "$(openssl rand -hex 32)"'
 
 
 class NewStack(NamedTuple):
@@ -87,8 +85,7 @@ def emit_new(stack: str, made: NewStack) -> None:
         f"pulumi stack init {stack}",
         f"pulumi up --stack {stack}",
     ]
-    if any(workload.task == "serve" for workload in lock.workloads):
-        steps.insert(-1, f"{API_KEY} --stack {stack}")
+    steps[-1:-1] = [f"{command} --stack {stack}" for command in needed_secrets(lock).values()]
     if not (lock.around.private_cluster or made.intent.access.authorized_ip_ranges or made.intent.exceptions):
         steps[:0] = [
             f"say in {made.path} which addresses may call the cluster's API (access), or why all may (exceptions)",

@@ -107,6 +107,13 @@ def _config(content: object) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
+def needed_secrets(lock: Lock) -> dict[str, str]:
+    """Config keys that the workloads cannot do without, each with the command that sets it."""
+    if any(workload.task == "serve" for workload in lock.workloads):
+        return {"apiKey": 'pulumi config set --secret tonnage:apiKey "$(openssl rand -hex 32)"'}
+    return {}
+
+
 def read_lock(stack: str) -> Lock:
     """The plan in a stack file. PlannerError when it has none, or one that must not be applied as it is."""
     return read_stack(stack).lock

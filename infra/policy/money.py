@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
 from infra.policy.nouns import UNKNOWN, Book, Context, Fault, Recorded, at, listed, of_kind, says
+from planner.plan.result import SPOT_QUOTA, TOTAL_QUOTA
 from planner.units import format_usd
 
 BUDGET = "consumption:Budget"
-SPOT_QUOTA, TOTAL_QUOTA = "Total Regional Spot vCPUs", "Total Regional vCPUs"
 ALERTS = (("Actual", 50), ("Actual", 80), ("Actual", 100), ("Forecasted", 100))
 
 plan = Book("plan")

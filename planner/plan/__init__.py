@@ -36,6 +36,8 @@ from planner.plan.choices import (
 )
 from planner.plan.intent import ANY_REGION, FinetuneWorkload, Intent, intents_from_options, parse_intent
 from planner.plan.result import (
+    SPOT_QUOTA,
+    TOTAL_QUOTA,
     Considered,
     Placed,
     Plan,
@@ -414,8 +416,8 @@ def _quota(intent: Intent, region: str, chosen: Sequence[Choice]) -> tuple[Quota
     ]
     total_vcpus = sum(vcpus for _, vcpus, _ in wanted)
     if spot:
-        wanted.append(("Total Regional Spot vCPUs", spot, "spot machines of all families"))
-    wanted.append(("Total Regional vCPUs", total_vcpus, f"everything in {region} but spot"))
+        wanted.append((SPOT_QUOTA, spot, "spot machines of all families"))
+    wanted.append((TOTAL_QUOTA, total_vcpus, f"everything in {region} but spot"))
     names = dict.fromkeys(name for name, _, _ in wanted)
     return tuple(
         QuotaAsk(

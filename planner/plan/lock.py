@@ -21,11 +21,10 @@ from planner.memory.serving_parts import QUANTIZED_AT_START
 from planner.model import Amount, Frozen
 from planner.plan.choices import limits, needs_disk, other_vcpus
 from planner.plan.intent import Intent, ServeWorkload, model_of
-from planner.plan.result import Placed, Plan, Pool, PricesUsed
+from planner.plan.result import TOTAL_QUOTA, Placed, Plan, Pool, PricesUsed
 from planner.units import format_gib, format_usd, round_money
 
 VERSION = 1
-TOTAL_QUOTA, SPOT_QUOTA = "Total Regional vCPUs", "Total Regional Spot vCPUs"
 
 
 def again(stack: str = "STACK") -> str:

@@ -84,6 +84,9 @@ class RegionConsidered(Frozen):
     reason: str
 
 
+TOTAL_QUOTA, SPOT_QUOTA = "Total Regional vCPUs", "Total Regional Spot vCPUs"
+
+
 class QuotaAsk(Frozen):
     """vCPUs to have before `pulumi up`. name: as Azure's quota page and `az vm list-usage` write it."""
 

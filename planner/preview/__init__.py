@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from planner.catalog.hardware import cpu_size
 from planner.errors import DoesNotFit, PlannerError
-from planner.plan.lock import SPOT_QUOTA, TOTAL_QUOTA, Lock, check_lock
+from planner.plan.lock import Lock, check_lock
+from planner.plan.result import SPOT_QUOTA, TOTAL_QUOTA
 from planner.preview.project import Configuration, check_settings, configuration, read_project
 from planner.report import put
 from planner.report.preview import ShownFinding, ShownPreview, ShownResource, emit_preview
-from planner.stack import PLAN_KEY, read_stack
+from planner.stack import PLAN_KEY, needed_secrets, read_stack
 
 if TYPE_CHECKING:
     from infra.policy import Finding, Recorded
@@ -69,13 +70,13 @@ def preview(stack: str) -> Preview:
     given = configuration(project, file)
     check_settings(given, project, file)
     check_lock(lock, intent, f"{file.path}, {PLAN_KEY}", file.stack)  # the program does too, without the stack's name
+    given, unset = _with_secrets(given, project.name, lock, file.stack)
     with _importable(Path.cwd()):
         from infra.policy import Context, check
         from planner.preview.cost import bill
         from planner.preview.recording import needs_pulumi, record
 
         with needs_pulumi(), _readable_files():
-            given, unset = _with_secrets(given, project.name, lock, file.stack)
             program = str(project.program.resolve())
             done = record(
                 lambda: runpy.run_path(program, run_name="__main__"),
@@ -192,8 +193,6 @@ def _pools(names: Sequence[str]) -> str:
 
 def _with_secrets(given: Configuration, project: str, lock: Lock, stack: str) -> tuple[Configuration, dict[str, str]]:
     """The configuration with a placeholder for each secret that must be set before `up`, and the command for each."""
-    from infra.settings import needed_secrets
-
     unset = {}
     for name, command in needed_secrets(lock).items():
         key = f"{project}:{name}"

@@ -107,7 +107,9 @@ def test_the_command_for_the_key_is_the_one_that_the_program_asks_for() -> None:
     from infra.settings import needed_secrets
 
     made(*GIVEN)
-    assert needed_secrets(read_lock("mine")) == {"apiKey": new.API_KEY}
+    assert needed_secrets(read_lock("mine")) == {
+        "apiKey": 'pulumi config set --secret tonnage:apiKey "$(openssl rand -hex 32)"'
+    }
 
 
 def test_what_has_no_price_makes_the_cost_a_lower_bound() -> None:
