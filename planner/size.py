@@ -41,7 +41,7 @@ from planner.memory.kv import BLOCK_TOKENS
 from planner.memory.serving import KvPerSequence, ServingMemory, ServingSettings, rank_layout
 from planner.memory.training import FinetuneSettings, TrainingMemory
 from planner.memory.weights import check_parallel, weight_scheme
-from planner.model import Frozen, ModelSpec, lora_targets
+from planner.model import Amount, Frozen, ModelSpec, lora_targets
 from planner.units import parse_tokens
 
 SCHEMA: Literal["tonnage.size/1"] = "tonnage.size/1"
@@ -85,6 +85,66 @@ class TracedPeak(Frozen):
     versions: dict[str, str]
 
 
+class Span(Frozen):
+    """A figure from its low to its high end."""
+
+    low: float
+    expected: float
+    high: float
+
+
+class UsdSpan(Frozen):
+    """USD from the low to the high end."""
+
+    low: Amount
+    expected: Amount
+    high: Amount
+
+
+class RunPart(Frozen):
+    """Where the time of an optimizer step goes: expected seconds, with the formula, inputs and source behind them."""
+
+    name: str
+    seconds: float
+    formula: str
+    inputs: dict[str, float | int | str]
+    source: str
+
+
+class TrainingRun(Frozen):
+    """How long and how dear a fine-tuning run is.
+
+    sequence_tokens: of a row of the batch as the GPU computes it; fill: share of them that are the samples' own
+    steps: optimizer steps; samples_per_s: of all GPUs; mfu: operations needed / (seconds x dense 16-bit peak)
+    hours: of training alone; usd: of the whole VM in `region`, None at a desk or without a price there
+    spot_factor: billed hours for one of work, with evictions; checkpoint_minutes: between checkpoints on spot
+    extrapolated: no training speed was measured on such a card; assumed, price_source: what the figures rest on
+    """
+
+    samples: int
+    epochs: float
+    tokens_per_sample: int
+    packing: bool
+    sequence_tokens: int
+    fill: Span
+    steps: int
+    step_seconds: Span
+    tokens_per_s_per_gpu: Span
+    samples_per_s: Span
+    mfu: Span
+    hours: Span
+    region: str = ""
+    usd_on_demand: UsdSpan | None = None
+    usd_spot: UsdSpan | None = None
+    spot_factor: float | None = None
+    checkpoint_minutes: float | None = None
+    checkpoint_bytes: int = 0
+    extrapolated: bool = False
+    parts: tuple[RunPart, ...] = ()
+    assumed: tuple[str, ...] = ()
+    price_source: str = ""
+
+
 class ContextAnswer(Frozen):
     """One task at one context.
 
@@ -118,6 +178,7 @@ class ContextAnswer(Frozen):
     instants: dict[str, int] = Field(default_factory=dict)
     loss_heads: tuple[LossHeadPeak, ...] = ()
     traced: TracedPeak | None = None
+    run: TrainingRun | None = Field(default=None, exclude_if=lambda run: run is None)
     link: str = ""
     reason: str = ""
     remedies: tuple[Remedy, ...] = ()

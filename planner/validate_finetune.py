@@ -88,9 +88,9 @@ def predict_row(row: Mapping[str, str]) -> FinetunePrediction:
         raise NotModelled("no peak memory was measured")
     card = _card(row["gpu"])
     settings = settings_of(row)
-    spec = _shape(row["model"])
+    spec = shape_of(row["model"])
     if settings.method != "full":
-        settings = settings.model_copy(update={"lora_targets": _targets(row, spec)})
+        settings = settings.model_copy(update={"lora_targets": targets_of(row, spec)})
     memory = training_memory(
         spec,
         settings,
@@ -172,7 +172,7 @@ def _model_name(text: str) -> str:
     return re.sub(r"\s+", "-", name)
 
 
-def _shape(text: str) -> ModelSpec:
+def shape_of(text: str) -> ModelSpec:
     """The catalog's model that a table names, also where it adds the size to it (`phi-1.5 1.3 B`)."""
     try:
         return model(_model_name(text))
@@ -190,7 +190,7 @@ def _whole(row: Mapping[str, str], column: str) -> int:
     return int(match[1])
 
 
-_NOT_MODELLED = {
+MEMORY_REFUSALS: Mapping[str, Mapping[str, str]] = {
     "framework": {
         r"megatron|nemo": "Megatron's parallelism is not modelled",
         r"thunder|eager -|pretrain": "compiled pre-training graphs are not modelled",
@@ -218,15 +218,20 @@ _NOT_MODELLED = {
 }
 
 
-def settings_of(row: Mapping[str, str]) -> FinetuneSettings:
-    """The row's configuration in our words; NotModelled names what is outside the formulas."""
+def settings_of(
+    row: Mapping[str, str], refusals: Mapping[str, Mapping[str, str]] = MEMORY_REFUSALS
+) -> FinetuneSettings:
+    """The row's configuration in our words; NotModelled names what is outside the formulas.
+
+    refusals: by column, patterns of cells that are not modelled, each with its reason
+    """
     if "litgpt" in row["framework"].lower() and row["parallelism"].startswith("fsdp"):
         raise NotModelled(
             "LitGPT puts the whole model on each GPU before it shards; the peak of loading is not modelled"
         )
     if re.search(r"sequence[_ -]parallel", row["notes"], re.I):
         raise NotModelled("sequence and context parallelism are not modelled")
-    for column, reasons in _NOT_MODELLED.items():
+    for column, reasons in refusals.items():
         for pattern, reason in reasons.items():
             if re.search(pattern, row[column], re.I):
                 raise NotModelled(reason)
@@ -305,7 +310,7 @@ _TARGET_ROLES = {
 """LitGPT's and torchtune's words for transformers' modules"""
 
 
-def _targets(row: Mapping[str, str], spec: ModelSpec) -> str | tuple[str, ...]:
+def targets_of(row: Mapping[str, str], spec: ModelSpec) -> str | tuple[str, ...]:
     text = row["target_modules"].strip()
     if "DEFAULT" in text:  # the projections that take the attention's input
         return _present(spec, ("q_proj", "k_proj", "v_proj", *_TARGET_ROLES["query"]))
