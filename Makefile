@@ -30,7 +30,7 @@ ORACLES := $(sort $(wildcard tests/oracles/*.py))
 DOC_SCRIPTS := $(sort $(wildcard scripts/docs*.py))
 CHECKED := $(wildcard planner infra workloads tests benchmarks scripts)
 
-.PHONY: help size golden setup check lint types unit format test live e2e bench oracles docs clean .live-env .python
+.PHONY: help size golden setup check lint types unit format test live e2e calibrate bench oracles docs clean .live-env .python
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,10 @@ else
 	@$(UV) sync --frozen --quiet --group e2e --python "$$(command -v $(PYTHON))"
 	$(VENV)/python -m pytest -m e2e tests/e2e $(PYTEST_ARGS)
 endif
+
+calibrate: .venv/.synced  ## fit the speeds to the measurements again, each source left out in turn (minutes)
+	PYTHONPATH=. $(VENV)/python scripts/calibrate_training.py --write
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV)/python scripts/calibrate_serving.py
 
 bench: .venv/.synced  ## time the planner (benchmarks/*.py)
 	@test -n "$(BENCHMARKS)" || echo "make bench: benchmarks/ holds no script yet, so nothing was timed"

@@ -74,8 +74,9 @@ def _version(
 def size(
     model: Annotated[str, Option(help="Catalog name, folder, config.json or hub id.")],
     ctx: Annotated[
-        str, Option("--ctx", "--max-model-len", "--context", help="Tokens: 32768, 32k, or several: 2k,8k,32k.")
-    ],
+        str | None,
+        Option("--ctx", "--max-model-len", "--context", help="Tokens: 32768, 32k, or several: 2k,8k,32k."),
+    ] = None,
     task: Annotated[Literal["serve", "finetune", "both"], Option(help="What the GPU is for.")] = "both",
     gpu: Annotated[str | None, Option(help="Plan for this card (a desk, or any cloud) instead of Azure sizes.")] = None,
     sku: Annotated[str | None, Option(help="Plan for this Azure VM size instead of searching.")] = None,
@@ -129,6 +130,13 @@ def size(
     n_gpus: Annotated[int, _train("GPUs of the run.", min=1)] = 1,
     offload: Annotated[str, _train("optimizer, parameters, activations; several with commas.")] = "",
     dpo: Annotated[bool, _train("DPO: two sequences a sample and a reference model.", "--dpo")] = False,
+    samples: Annotated[int | None, _train("samples of a run: its hours and cost too.")] = None,
+    tokens_per_sample: Annotated[str | None, _train("their mean length.")] = None,
+    max_tokens_per_sample: Annotated[
+        str | None, _train("the longest, which a batch is padded to. [default: --ctx]")
+    ] = None,
+    epochs: Annotated[float | None, _train("passes over the samples. [default: 1]")] = None,
+    packing: Annotated[bool | None, _train("whole contexts of several samples. [default: no]")] = None,
     explain: Annotated[bool, Option("--explain", help="Formula, inputs and source of every component.")] = False,
     trace: Annotated[bool, Option("--trace", help="Run the training step on fake tensors too (extra: trace).")] = False,
     as_json: Annotated[bool, Option("--json", help="JSON on stdout.")] = False,
@@ -140,8 +148,16 @@ def size(
 
     if as_json and as_csv:
         raise PlannerError("--json and --csv both write to stdout: give one of them")
+    asked = None
+    if ctx is None or {samples, tokens_per_sample, max_tokens_per_sample, epochs, packing} != {None}:
+        from planner import run  # prices, spot and speed, which most answers do without
+
+        asked = run.run_request(locals())
+        ctx = run.default_context(asked) if ctx is None else ctx
     spec, request = sizing.request_from_options(locals())
     answer = sizing.size(spec, request)
+    if asked is not None:
+        answer = run.with_runs(spec, request, answer, asked)
     if trace:
         import gc
 
@@ -216,6 +232,26 @@ def validate_finetune(file: File, as_json: Json = False, summary: Summary = Fals
     from planner.validate_finetune import COLUMNS, validate_finetune
 
     report.emit_validation(validate_finetune(load_rows(file, COLUMNS)), as_json=as_json, summary=summary)
+
+
+@validate_app.command("training")
+def validate_training(file: File, as_json: Json = False, summary: Summary = False) -> None:
+    """Training runs: tokens a second, by source and GPU, and the share of rows within the stated interval."""
+    from planner import report
+    from planner.validate import load_rows
+    from planner.validate_training import COLUMNS, validate_training
+
+    report.emit_validation(validate_training(load_rows(file, COLUMNS)), as_json=as_json, summary=summary)
+
+
+@validate_app.command("throughput")
+def validate_throughput(file: File, as_json: Json = False, summary: Summary = False) -> None:
+    """Serving benchmarks, replayed: TTFT, time per token, throughput, by source and GPU, and what the ranges hold."""
+    from planner import report
+    from planner.validate import load_rows
+    from planner.validate_throughput import COLUMNS, validate_throughput
+
+    report.emit_validation(validate_throughput(load_rows(file, COLUMNS)), as_json=as_json, summary=summary)
 
 
 Stack = Annotated[str | None, Option(help="Read the intent of stacks/Pulumi.STACK.yaml.")]
@@ -368,6 +404,68 @@ def prices_refresh(
     from planner import money
 
     money.refresh(currency, endpoint)
+
+
+@app.command()
+def scale(
+    model: Annotated[str, Option(help="Catalog name, folder, config.json or hub id.")],
+    rps: Annotated[float | None, Option(help="Requests a second at the busiest time.")] = None,
+    qps: Annotated[float | None, Option(help="The same for classification: one output token each.")] = None,
+    input_tokens: Annotated[str | None, Option("--input", help="Tokens of a prompt, mean.")] = None,
+    output_tokens: Annotated[str | None, Option("--output", help="Tokens of an answer, mean.")] = None,
+    spread: Annotated[float | None, Option(help="Sigma of the log of both lengths. [default: 0, all equal]")] = None,
+    ttft_p95: Annotated[str | None, Option(help="Limit to the first token, such as 800ms.")] = None,
+    tpot_p95: Annotated[str | None, Option(help="Limit a later token, such as 50ms.")] = None,
+    latency: Annotated[str | None, Option("--latency", "--latency-p95", help="Limit to the last token, p95.")] = None,
+    trace: Annotated[str | None, Option(help="CSV of arrival_seconds, prompt_tokens, output_tokens.")] = None,
+    measured: Annotated[str | None, Option(help="CSV of your own runs, in place of the model.")] = None,
+    region: Annotated[str, Option(help="Azure regions allowed, or any.")] = "eastus",
+    sku: Annotated[list[str] | None, Option(help="Only this size; may be repeated.")] = None,
+    tp: Annotated[int | None, Option("--tp", "--tensor-parallel-size", help="GPUs of a replica.", min=1)] = None,
+    quantization: Annotated[
+        str | None, Option("--quantization", "-q", help="Weights as fp8, awq ... [default: 16-bit, fp8 and int4]")
+    ] = None,
+    kv_cache_dtype: Annotated[str | None, Option(help="auto or fp8. [default: both, with fp8 weights]")] = None,
+    ctx: Annotated[str | None, Option("--ctx", "--context", help="max_model_len. [default: a request's]")] = None,
+    rope_scaling: Annotated[str | None, Option(help="Rope extension you will serve with, such as yarn:4.")] = None,
+    prefix_hit_rate: Annotated[float, Option(help="Share of a prompt that the prefix cache holds.")] = 0.0,
+    max_num_seqs: Annotated[int | None, Option(help="Sequences in one batch. [default: vLLM's]")] = None,
+    max_num_batched_tokens: Annotated[int | None, Option(help="Tokens of a step. [default: vLLM's]")] = None,
+    gpu_memory_utilization: Annotated[float | None, Option(help="Share that vLLM takes. [default: its own]")] = None,
+    engine_version: Annotated[str | None, Option(help="vLLM version. [default: the catalog's]")] = None,
+    spot: Annotated[bool, Option("--spot", help="Order by spot prices, as --priority spot.")] = False,
+    priority: Annotated[str | None, Option(help="Order by on-demand, spot, reserved-1y ...")] = None,
+    spare: Annotated[int, Option(help="Machines beside those needed: 1 for N+1.", min=0)] = 0,
+    at_expected: Annotated[bool, Option("--at-expected", help="The expected latency keeps the limits.")] = False,
+    peak_to_mean: Annotated[float | None, Option(help="Busiest hour of the day / its mean.")] = None,
+    daily: Annotated[str | None, Option(help="CSV of hour, requests_per_s: a day's load.")] = None,
+    simulate: Annotated[bool, Option("--simulate", help="Percentiles by simulation.")] = False,
+    seed: Annotated[int, Option(help="Of the simulation.", min=0)] = 0,
+    output: Annotated[str | None, Option("-o", help="Write .html, .svg, .md or .json.")] = None,
+    prices: Prices = None,
+    max_price_age: MaxAge = None,
+    explain: Annotated[bool, Option("--explain", help="Every size, formula and way to buy.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Machines, replicas and cost that keep a latency at a load, cheapest first, and what cheaper ones fail on."""
+    from planner import money
+    from planner import scale as scaling
+    from planner.catalog.prices import load_sheet
+    from planner.report.scale import emit_scale
+
+    options = {**locals(), "drawn": output is not None}
+    wanted, sheet = scaling.wanted_from_options(options), load_sheet(prices)
+    runs = scaling.read_measured(measured, wanted.traffic.output.mean) if measured else ()
+    answer = scaling.scale(wanted, sheet, runs)
+    money.check_age(scaling.machine_lines(answer, sheet), sheet, options)
+    if output is not None:
+        from planner.pages.speed import write_scale
+
+        write_scale(answer, output)
+    if output is None or as_json or not answer.choices:
+        emit_scale(answer, as_json=as_json, explain=explain)
+    if not answer.choices:
+        raise typer.Exit(DOES_NOT_FIT)
 
 
 @app.command()

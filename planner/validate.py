@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from planner import catalog
 from planner.catalog.engines import engine, parse_version
@@ -67,6 +67,7 @@ class RowPrediction(Frozen):
     """One measured row.
 
     quantities: what was compared; assumed: what the row does not say; withheld: why its KV cache was not compared
+    groups: by what the errors are told apart as well (source, GPU); inside: the stated range holds what was measured
     """
 
     id: str
@@ -75,6 +76,8 @@ class RowPrediction(Frozen):
     assumed: tuple[str, ...]
     quantities: dict[str, Compared]
     withheld: str = ""
+    groups: dict[str, str] = Field(default_factory=dict)
+    inside: bool | None = None
 
 
 class Refusal(Frozen):
@@ -93,13 +96,21 @@ class QuantityError(Frozen):
     worst_row: str
 
 
+class GroupError(QuantityError):
+    """Errors of one quantity in one group: `by` is what the rows are told apart by, `group` which of them."""
+
+    by: str
+    group: str
+
+
 class Validation(Frozen):
-    """rows read; predictions and refusals of them; errors by quantity (replicates counted once)."""
+    """rows read; predictions and refusals of them; errors by quantity (replicates counted once), and by group."""
 
     rows: int
     predictions: tuple[RowPrediction, ...]
     refusals: tuple[Refusal, ...]
     errors: tuple[QuantityError, ...]
+    grouped: tuple[GroupError, ...] = ()
 
     @property
     def predicted(self) -> int:
@@ -137,27 +148,46 @@ def load_rows(path: str | Path, columns: Iterable[str] = SERVING_COLUMNS) -> lis
 def summarise(predictions: Iterable[RowPrediction], refusals: Iterable[Refusal], rows: int) -> Validation:
     """Errors by quantity: median, 90th percentile (linear interpolation) and largest, over distinct settings."""
     kept, seen = tuple(predictions), set()
-    found: dict[str, list[tuple[float, str]]] = {}
+    found: dict[tuple[str, str, str], list[tuple[float, str]]] = {}
     for prediction in kept:
         for name, pair in prediction.quantities.items():
             key = (prediction.setting, name, round(pair.measured, 3))
-            if key not in seen:
-                seen.add(key)
-                found.setdefault(name, []).append((abs(pair.error_pct), prediction.id))
-    errors = []
-    for name, values in found.items():
-        sizes = sorted(value for value, _ in values)
-        errors.append(
-            QuantityError(
-                quantity=name,
-                rows=len(sizes),
-                median_abs_pct=_percentile(sizes, 0.5),
-                p90_abs_pct=_percentile(sizes, 0.9),
-                max_abs_pct=sizes[-1],
-                worst_row=max(values)[1],
-            )
-        )
-    return Validation(rows=rows, predictions=kept, refusals=tuple(refusals), errors=tuple(errors))
+            if key in seen:
+                continue
+            seen.add(key)
+            for by, group in (("", ""), *prediction.groups.items()):
+                found.setdefault((by, group, name), []).append((abs(pair.error_pct), prediction.id))
+    errors = [_error(name, values) for (by, _, name), values in found.items() if not by]
+    grouped = [
+        GroupError(by=by, group=group, **_error(name, values).model_dump())
+        for (by, group, name), values in sorted(found.items())
+        if by
+    ]
+    return Validation(
+        rows=rows, predictions=kept, refusals=tuple(refusals), errors=tuple(errors), grouped=tuple(grouped)
+    )
+
+
+def _error(quantity: str, values: list[tuple[float, str]]) -> QuantityError:
+    sizes = sorted(value for value, _ in values)
+    return QuantityError(
+        quantity=quantity,
+        rows=len(sizes),
+        median_abs_pct=_percentile(sizes, 0.5),
+        p90_abs_pct=_percentile(sizes, 0.9),
+        max_abs_pct=sizes[-1],
+        worst_row=max(values)[1],
+    )
+
+
+def within_range(validation: Validation, quantity: str | None = None) -> float | None:
+    """The share of rows (of one quantity, or of all) whose stated range holds what was measured; None without any."""
+    told = [
+        row.inside
+        for row in validation.predictions
+        if row.inside is not None and (quantity is None or quantity in row.quantities)
+    ]
+    return sum(told) / len(told) if told else None
 
 
 def _percentile(ordered: list[float], share: float) -> float:
@@ -223,7 +253,7 @@ def _whole(cell: str | None) -> int | None:
     return None if value is None else int(value)
 
 
-def _shape(name: str) -> ModelSpec:
+def shape(name: str) -> ModelSpec:
     """The catalog's shape for a name as logs write it: with remarks in brackets, or one word among others."""
     bare = re.sub(r"\s*\(.*?\)", "", name).strip()
     tries = [bare, re.sub(r"[()]", "", name).strip(), *(word for word in bare.split() if len(word) > 5 and "-" in word)]
@@ -237,7 +267,7 @@ def _shape(name: str) -> ModelSpec:
 
 def _spec(row: Row) -> tuple[ModelSpec, str | None]:
     """The model's shape, and the format to ask for when the catalog's shape is 16-bit but the row is not."""
-    spec = _shape(row["model"])
+    spec = shape(row["model"])
     words = f"{row['weight_dtype_or_quant']} {row['model']}".lower()
     if spec.quantization is not None:
         return spec, None

@@ -45,6 +45,10 @@ class Outcome(NamedTuple):
 SIZE = ("size", "--model", "qwen3-8b", "--ctx", "2k,8k,32k")
 PLAN = ("--model", "qwen3-8b", "--ctx", "8k", "--serve-hours", "mon-fri 08:00-18:00")
 COMPARE = ("--tokens-per-month", "5e9", "--api", "10", "-q", "awq", "--no-spot")
+SCALE = (
+    *("scale", "--model", "qwen3-8b", "--rps", "20", "--input", "500", "--output", "200", "--ttft-p95", "800ms"),
+    *("--tpot-p95", "50ms", "--region", "swedencentral"),
+)
 SPEEDS = ("--tokens-per-second", "NC4as_T4_v3=300", "--tokens-per-second", "NC24ads_A100_v4=2500")
 TODAY = "1795305600"  # 2026-11-22, by which prices have an age and a budget a date
 CASES: tuple[Case, ...] = (
@@ -77,6 +81,14 @@ CASES: tuple[Case, ...] = (
     ),
     Case("prices-a100", ("prices", "--sku", "NC24ads_A100_v4")),
     Case("prices-swedencentral", ("prices", "--region", "swedencentral")),
+    Case("scale-qwen3-8b", SCALE, warns=True),
+    Case("scale-explain", (*SCALE, "--sku", "NC24ads_A100_v4", "--explain"), columns=(160,), warns=True),
+    Case(
+        "scale-classify",
+        ("scale", "--model", "phi-3.5-mini", "--qps", "500", "--input", "256", "--latency", "150ms"),
+        columns=(80,),
+        warns=True,
+    ),
     Case("compare-5b", ("compare", *COMPARE, *SPEEDS, "--utilization", "0.6"), warns=True),
     Case("budget-dev-32k", ("budget", "--scenario", "dev-32k"), columns=(80,), suffix="md", warns=True),
     Case(

@@ -48,7 +48,17 @@ class Table(Frozen):
 
     type: Literal["table"] = "table"
     name: Literal[
-        "pairs", "lines", "changes", "what-ifs", "ways", "steps", "assumptions", "formulas", "sources", "sign"
+        "pairs",
+        "lines",
+        "changes",
+        "what-ifs",
+        "ways",
+        "steps",
+        "assumptions",
+        "formulas",
+        "sources",
+        "sign",
+        "choices",
     ]
     label: str
     columns: tuple[Column, ...]

@@ -16,14 +16,14 @@ from planner.catalog import ModelEntry
 from planner.catalog.hardware import Gpu, VmSku, gpu_of
 from planner.errors import PlannerError
 from planner.fit import PRICED_IN, Remedy, Step
-from planner.size import ContextAnswer, SizeAnswer, TracedPeak
+from planner.size import ContextAnswer, SizeAnswer, Span, TracedPeak, TrainingRun
 from planner.units import format_gib, format_tokens, format_usd, gib_figure
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from planner.validate import Validation
+    from planner.validate import QuantityError, Validation
 
 SERVING_COLUMNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("weights", ("weights",)),
@@ -68,6 +68,8 @@ def print_size(console: Console, answer: SizeAnswer, *, explain: bool = False) -
     if explain:
         for row in answer.answers:
             print_explanation(console, row)
+            if row.run is not None:
+                _print_run(console, row.context, row.run)
     else:
         console.print()
         console.print(_next_step(answer), highlight=False)
@@ -233,6 +235,8 @@ def _reasons(task: str, answer: SizeAnswer, rows: Sequence[ContextAnswer]) -> li
     for row in rows:
         if row.traced is not None:
             lines.append(_trace_line(row.context, row.traced))
+        if row.run is not None:
+            lines += run_lines(row.context, row.run)
         if row.link:
             lines.append(f"{row.place}: {row.link}")
         if not row.fits:
@@ -252,6 +256,63 @@ def _trace_line(tokens: int, traced: TracedPeak) -> str:
         f"Traced at {format_tokens(tokens)}: {format_gib(traced.peak_bytes)} ({traced.peak_instant}), planned"
         f" {format_gib(traced.planned_bytes)}, {traced.error_pct:+.2f} % ({versions}, {traced.seconds:.0f} s)"
     )
+
+
+def run_lines(context: int, run: TrainingRun) -> list[str]:
+    """How long a run takes and what it costs, in three lines."""
+    epochs = "" if run.epochs == 1 else f" x {run.epochs:g} epochs"
+    filled = "" if run.fill.expected == 1 else f", {1 - run.fill.expected:.0%} of it padding or gaps"
+    hours = run.hours
+    lines = [
+        f"A run of {run.samples:,} samples{epochs} at {format_tokens(context)}: [bold]{_duration(hours)}[/bold]"
+        f" ({_duration(hours, hours.low)} to {_duration(hours, hours.high)})",
+        f"  {run.steps:,} steps, {run.samples_per_s.expected:,.3g} samples/s, {run.tokens_per_s_per_gpu.expected:,.0f}"
+        f" tokens/s a GPU, MFU {100 * run.mfu.expected:.0f} %{filled}",
+    ]
+    ways = ((run.usd_on_demand, "on demand"), (run.usd_spot, "on spot"))
+    usd = [f"{format_usd(u.expected)} {w} ({format_usd(u.low)} to {format_usd(u.high)})" for u, w in ways if u]
+    if not usd:
+        usd = ["no price, for it is a desk or a size that the sheet does not list"]
+    lines.append(f"  {', '.join(usd)}{f' in {run.region}' if run.region else ''}")
+    if run.usd_spot and run.checkpoint_minutes is not None:
+        lines.append(f"  on spot a checkpoint every {run.checkpoint_minutes:.0f} minutes")
+    if not run.packing and run.fill.expected < 1:
+        lines.append(f"  {run.assumed[0]}: see --packing, or name --max-tokens-per-sample")
+    if run.extrapolated:
+        lines.append("  the range is wide: no training speed was measured on such a card")
+    return lines
+
+
+def _duration(hours: Span, value: float | None = None) -> str:
+    """`41 min`, `9.3 h` or `5.9 days`: every figure of a span in the unit that suits the expected one."""
+    shown, usual = hours.expected if value is None else value, hours.expected
+    if usual < 1 / 60:
+        return f"{shown * 3600:,.2g} s"
+    if usual < 2:
+        return f"{shown * 60:,.0f} min"
+    return f"{shown:,.1f} h" if usual < 96 else f"{shown / 24:,.1f} days"
+
+
+def _print_run(console: Console, context: int, run: TrainingRun) -> None:
+    """Where the time of a step goes, with the formulas, and what the run supposes."""
+    from rich.padding import Padding
+
+    seconds = run.step_seconds
+    console.print(
+        f"\n[bold]Run at {format_tokens(context)}: {seconds.expected:,.3g} s a step[/bold]"
+        f" ({seconds.low:,.3g} to {seconds.high:,.3g}), {run.steps:,} steps",
+        highlight=False,
+    )
+    for part in run.parts:
+        share = part.seconds / seconds.expected
+        console.print(f"\n[bold]{part.name}[/bold]  {part.seconds:,.3g} s ({share:.0%})", highlight=False)
+        inputs = ", ".join(f"{key}={_plain(value)}" for key, value in part.inputs.items())
+        for label, text in (("formula", part.formula), ("inputs", inputs), ("source", part.source)):
+            if text:
+                console.print(Padding(f"{label}: {_escape(text)}", (0, 0, 0, 2)), highlight=False)
+    console.print(f"\nSupposed: {_escape('; '.join(run.assumed))}.", highlight=False)
+    if run.price_source:
+        console.print(f"Prices: {_escape(run.price_source)}.", highlight=False)
 
 
 def _loss_lines(row: ContextAnswer) -> list[str]:
@@ -462,49 +523,77 @@ def print_validation(console: Console, validation: Validation, *, rows: bool = T
         for reason, count in validation.refusal_reasons.items():
             table.add_row(str(count), reason)
         console.print(table)
-    table = _table(
-        f"{validation.rows} rows, {validation.predicted} predicted, {validation.refused} refused",
-        [
-            ("quantity", "left"),
-            ("rows", "right"),
-            ("median %", "right"),
-            ("p90 %", "right"),
-            ("max %", "right"),
-            ("worst row", "left"),
-        ],
-    )
+    columns = [
+        ("quantity", "left"),
+        ("rows", "right"),
+        ("median %", "right"),
+        ("p90 %", "right"),
+        ("max %", "right"),
+        ("worst row", "left"),
+    ]
+    for by in dict.fromkeys(error.by for error in validation.grouped):
+        table = _table(f"Errors by {by}", [(by, "left"), *columns[:-1]])
+        for group in validation.grouped:
+            if group.by == by:
+                table.add_row(_escape(group.group), *_error_cells(group)[:-1])
+        console.print(table)
+    table = _table(f"{validation.rows} rows, {validation.predicted} predicted, {validation.refused} refused", columns)
     for error in validation.errors:
-        table.add_row(
-            error.quantity,
-            str(error.rows),
-            f"{error.median_abs_pct:.2f}",
-            f"{error.p90_abs_pct:.2f}",
-            f"{error.max_abs_pct:.2f}",
-            error.worst_row,
-        )
+        table.add_row(*_error_cells(error))
     console.print(table)
+    from planner.validate import within_range
+
+    share = within_range(validation)
+    if share is not None:
+        console.print(f"{share:.0%} of the measured values lie within the stated range")
+
+
+def _error_cells(error: QuantityError) -> tuple[str, ...]:
+    return (
+        error.quantity,
+        str(error.rows),
+        f"{error.median_abs_pct:.2f}",
+        f"{error.p90_abs_pct:.2f}",
+        f"{error.max_abs_pct:.2f}",
+        error.worst_row,
+    )
+
+
+def _error_json(error: QuantityError) -> dict[str, Any]:
+    return {
+        "rows": error.rows,
+        "median_abs_pct": round(error.median_abs_pct, 3),
+        "p90_abs_pct": round(error.p90_abs_pct, 3),
+        "max_abs_pct": round(error.max_abs_pct, 3),
+        "worst_row": error.worst_row,
+    }
 
 
 def validation_json(validation: Validation) -> dict[str, Any]:
     """The summary, then every row, as `planner validate --json` prints them."""
-    return {
+    from planner.validate import within_range
+
+    share = within_range(validation)
+    grouped: dict[str, dict[str, dict[str, Any]]] = {}
+    for error in validation.grouped:
+        grouped.setdefault(error.by, {}).setdefault(error.group, {})[error.quantity] = _error_json(error)
+    found: dict[str, Any] = {
         "schema_version": "tonnage.validation/1",
         "summary": {
             "rows": validation.rows,
             "predicted": validation.predicted,
             "refused": validation.refused,
             "refused_reasons": validation.refusal_reasons,
-            "quantities": {
-                error.quantity: {
-                    "rows": error.rows,
-                    "median_abs_pct": round(error.median_abs_pct, 3),
-                    "p90_abs_pct": round(error.p90_abs_pct, 3),
-                    "max_abs_pct": round(error.max_abs_pct, 3),
-                    "worst_row": error.worst_row,
-                }
-                for error in validation.errors
-            },
+            "quantities": {error.quantity: _error_json(error) for error in validation.errors},
         },
-        "rows": [row.model_dump(mode="json") for row in validation.predictions],
+        "rows": [
+            row.model_dump(mode="json", exclude=set() if row.groups else {"groups", "inside"})
+            for row in validation.predictions
+        ],
         "refusals": [refusal.model_dump(mode="json") for refusal in validation.refusals],
     }
+    if grouped:
+        found["summary"]["by"] = grouped
+    if share is not None:
+        found["summary"]["within_range_pct"] = round(100 * share, 1)
+    return found
