@@ -222,7 +222,7 @@ def _spec(row: Row) -> tuple[ModelSpec, str | None]:
     name = next((name for word, name in _FORMATS if word in words), None)
     if name is None:
         raise NotModelled(f"the weight format {row['quant']!r} is not modelled")
-    if name == "fp8" and row["model"].startswith("Qwen/") and "/" not in words:
+    if words == "fp8" and row["model"].startswith("Qwen/"):
         name = "fp8-block"  # Qwen's own FP8 checkpoints
     return spec, name
 

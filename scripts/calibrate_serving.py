@@ -31,7 +31,7 @@ from planner.catalog.hardware import Gpu  # noqa: E402
 from planner.catalog.serving_speed import KERNELS, architecture, matmul_peak, schedules_ahead  # noqa: E402
 from planner.errors import PlannerError  # noqa: E402
 from planner.memory.weights import weight_scheme  # noqa: E402
-from planner.performance.server import kernel_of  # noqa: E402
+from planner.performance.server import grouped_share, kernel_of  # noqa: E402
 from planner.performance.simulate import simulate  # noqa: E402
 from planner.performance.step import UNBOUNDED, Speeds, Window, Work, step_parts, work_of  # noqa: E402
 from planner.validate import load_rows  # noqa: E402
@@ -241,7 +241,9 @@ class Problem:
             elementwise_bytes=spread(self.bandwidth * value("elementwise")),
             dense_flops=spread(np.where(self.packed, self.wide * plain_matmul, self.narrow * matmul)),
             head_flops=spread(self.wide * plain_matmul),
-            expert_flops=spread(self.narrow * matmul * value("expert_matmul")),
+            expert_flops=spread(
+                self.narrow * matmul * np.minimum(1.0, value("expert_matmul") * grouped_share(self.wide))
+            ),
             attention_flops=spread(self.wide * value("attention")),
             ramp_tokens=spread(value("ramp_tokens")),
             step=spread(value("step_seconds") * hidden),

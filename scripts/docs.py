@@ -131,7 +131,8 @@ def _left_out_training(measured: Path) -> str:
     ]
     return (
         "\n## Training speed\n\nTokens a second on each GPU, `tests/measured/training_speed.csv`; each project is"
-        " predicted\nby a fit without it.\n\n| project | rows | median % | bias % | 90th percentile % | within the range % |\n"
+        " predicted\nby a fit without it.\n\n"
+        "| project | rows | median % | bias % | 90th percentile % | within the range % |\n"
         "|---|---:|---:|---:|---:|---:|\n" + "\n".join(rows) + "\n"
     )
 

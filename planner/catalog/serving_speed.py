@@ -39,7 +39,8 @@ class ServingSpeed(Frozen):
     """An engine's constants on one GPU with weights of one format.
 
     weights, kv, elementwise: share of the memory bandwidth that reading them attains; matmul, attention: share of the
-    tensor peak, expert_weights, expert_matmul: of the same for routed experts; link: share of the link's rate
+    tensor peak; expert_weights, expert_matmul: of those for routed experts, the latter where the 16-bit peak is 10^15
+    (server.grouped_share); link: share of the link's rate
     ramp_tokens: see step.Speeds; seconds: of a step, of each layer, of a layer of experts beside it, of each layer in
     a step with prompts, of a sequence, of one all-reduce; floor_seconds: of a request outside the engine's steps
     rows: measured runs behind weights and matmul; extrapolated: none, so that priors stand in and the range is wide

@@ -9,10 +9,11 @@ budget of tokens, and meanwhile a Poisson number of prompts comes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from planner.performance.replica import COARSE, Asked, Replica, slices
+from planner.performance.replica import Asked, Replica
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
 CHANCE_WEIGHTS = (0.2, 0.3, 0.3, 0.1, 0.05, 0.03, 0.01, 0.01)
 CHANCES = (0.1, 0.35, 0.65, 0.85, 0.925, 0.965, 0.985, 0.995)  # middles of those
-LEVELS = 5  # numbers of sequences that stand for their law where prompts are looked at
+RARE = 0.004  # share of the time of steps that are left out where first tokens are looked at
+LEVELS = (0.45, 0.35, 0.15, 0.05)  # slices of the number of sequences that prompts find
+AHEAD = (0.3, 0.7, 0.9, 0.97)  # slices of the tokens that wait before a prompt
 UNITS = 96  # states of the prompt queue
-MOMENTS = 4  # of a step at which a request arrives
+MOMENTS = 2  # of a step at which a request arrives
 LONGER = 1.5  # phases of two-phase chains have no long ones: so much longer they agree with the simulation
 
 
@@ -204,97 +207,137 @@ def first_token(replica: Replica, rate: float, chain: Chain) -> tuple[Array, Arr
 
 
 def _met(chain: Chain) -> list[tuple[int, float]]:
-    """Numbers of sequences that a request with a free place meets: slices of their law, with their weights."""
+    """Numbers of sequences that a request with a free place meets, with weights that are finer in the tail."""
     import numpy as np
 
     free = chain.probability[:-1] if len(chain.probability) > 1 else chain.probability
     ladder = np.cumsum(free) / free.sum()
-    met = np.searchsorted(ladder, (np.arange(LEVELS) + 0.5) / LEVELS)
-    levels, counts = np.unique(met, return_counts=True)
-    return [(int(level), count / LEVELS) for level, count in zip(levels, counts, strict=True)]
+    shares = np.array(LEVELS)
+    met = np.searchsorted(ladder, np.cumsum(shares) - shares / 2)
+    return [(int(level), float(shares[met == level].sum())) for level in np.unique(met)]
 
 
 def _prompt_queue(replica: Replica, rate: float, running: int, weight: float) -> tuple[Array, Array]:
     """Seconds to the first token beside `running` sequences: values, and weights that add up to `weight`.
 
-    A request waits for the rest of the step under way, then for the steps that take the tokens before it and its
-    own, the last of which also takes those of requests that came with it.
-    """
-    import numpy as np
-
-    room = float(np.interp(running, replica.levels, replica.room))
-    beside = 0 if replica.limits.prefill_first else running
-    unit, places, times, spent, moves = _waiting(replica, rate, running, beside, room)
-    taken = np.minimum(np.arange(UNITS), places)
-    values, weights = [], []
-    for group in (taken == 0, (taken > 0) & (taken < places), taken == places):  # by what the step under way takes
-        total = float(spent[group].sum())
-        if total < 1e-6:
-            continue
-        under_way = float((spent * times[taken])[group].sum() / total) if running or not group[0] else 0.0
-        waiting, chance = slices(np.arange(UNITS, dtype=float) * unit, spent[group] @ moves[group], COARSE)
-        own, share = _own(replica, beside, room, waiting, min(rate * under_way * replica.asked.tokens, room) / 2)
-        moments = (np.arange(MOMENTS) + 0.5) / MOMENTS * under_way
-        values.append((moments[:, None, None] + own).ravel())
-        weights.append(np.tile((chance[:, None] * share * total / MOMENTS).ravel(), MOMENTS))
-    return np.concatenate(values), np.concatenate(weights) * weight
-
-
-def _waiting(
-    replica: Replica, rate: float, running: int, beside: int, room: float
-) -> tuple[float, int, Array, Array, Array]:
-    """The chain of prompt tokens that wait when a step begins: waiting' = max(waiting - room, 0) + those that come.
-
-    The unit in tokens, how many units a step takes, the seconds of a step by units taken, the share of time by
-    units waiting, and the law of what waits next to a request that comes then.
+    A request waits for the rest of the step under way, then for the steps that take the tokens before it and its own,
+    the last of which also takes those that come behind it in time.
     """
     import numpy as np
 
     asked = replica.asked
+    room = float(np.interp(running, replica.levels, replica.room))
+    beside = 0 if replica.limits.prefill_first else running
     places = max(1, round(room / max(asked.tokens / 4, room / 32)))
     unit = room / places
     times = replica.seconds(beside, np.arange(places + 1) * unit)
     times[0] = replica.seconds(running, 0.0)
-    whole = np.minimum(asked.computed / unit, UNITS - 2)
-    low = np.floor(whole).astype(int)
-    length = np.bincount(low, 1 - whole + low, UNITS) + np.bincount(low + 1, whole - low, UNITS)
-    come = _compound(rate * times, length / len(whole))
-    if not running:  # an idle engine waits for the first to come
-        times[0], come[0] = 1 / rate, length / len(whole)
+    length = _in_units(asked.computed / unit)
+    shape = np.fft.rfft(length, 2 * UNITS)
+    spent = _waiting(rate, length, shape, times, idle=not running)
     taken = np.minimum(np.arange(UNITS), places)
-    offset = np.arange(UNITS) - np.maximum(np.arange(UNITS) - places, 0)[:, None]
+    moments = (np.arange(MOMENTS) + 0.5) / MOMENTS
+    values, weights = [], []
+    parts = np.array([0, 1, places // 3 + 1, 2 * places // 3 + 1, places, places + 1])
+    for low, high in pairwise(np.unique(parts)):  # by what the step under way takes: nothing, some, or all of the room
+        group = (taken >= low) & (taken < high)
+        total = float(spent[group].sum())
+        if total < RARE:
+            continue
+        under_way = float((spent * times[taken])[group].sum() / total)
+        if not running and group[0]:  # whoever finds the engine idle is alone
+            under_way = 0.0
+        left = np.zeros(UNITS)
+        np.add.at(left, np.arange(UNITS)[group] - taken[group], spent[group] / total)
+        before = _compound(rate * under_way * moments, shape, left)
+        ahead, chance = _few(before)
+        behind, likely = _come_after(rate * under_way * (1 - moments))
+        own, share = _own(replica, beside, room, ahead * unit, behind * asked.tokens)
+        values.append(((1 - moments)[:, None, None, None] * under_way + own).ravel())
+        law = chance[:, :, None, None] * likely[:, None, :, None] * share
+        weights.append((law * (total * weight / MOMENTS)).ravel())
+    return np.concatenate(values), np.concatenate(weights)
+
+
+def _in_units(lengths: Array) -> Array:
+    """The law of equally likely lengths in whole units, each length between the two next to it."""
+    import numpy as np
+
+    lengths = np.minimum(lengths, UNITS - 2)
+    low = lengths.astype(int)
+    counts = np.bincount(low, 1 - lengths + low, UNITS) + np.bincount(low + 1, lengths - low, UNITS)
+    found: Array = counts / len(lengths)
+    return found
+
+
+def _waiting(rate: float, length: Array, shape: Any, times: Array, *, idle: bool) -> Array:
+    """Shares of the time by units of prompts that a step finds: waiting' = max(waiting - places, 0) + those that come.
+
+    times: seconds of a step that takes 0, 1, .. places units; idle: a step that finds none waits for the first to come
+    """
+    import numpy as np
+
+    come = _compound(rate * times, shape, np.eye(1, UNITS)[0])
+    if idle:
+        times[0], come[0] = 1 / rate, length
+    places = len(times) - 1
+    taken = np.minimum(np.arange(UNITS), places)
+    offset = np.arange(UNITS) - (np.arange(UNITS) - taken)[:, None]
     moves = np.where(offset >= 0, come[taken[:, None], np.maximum(offset, 0)], 0.0)
     moves[:, -1] += 1 - moves.sum(axis=1)
     spent = _stationary(moves) * times[taken]
-    if not running:
-        moves[0] = np.eye(1, UNITS)[0]  # whoever finds it idle is alone
-    return unit, places, times, spent / spent.sum(), moves
+    found: Array = spent / spent.sum()
+    return found
 
 
-def _own(replica: Replica, running: int, room: float, beside: Array, after: float) -> tuple[Array, Array]:
-    """Seconds of the steps that compute a prompt beside that many waiting tokens, of which `after` come behind it.
+def _come_after(mean: Array) -> tuple[Array, Array]:
+    """Poisson numbers of that mean as none, one, and the mean of more, with their weights; a row for each mean."""
+    import numpy as np
 
-    By what waits, and by the prompt's length, with the shares of the lengths.
+    none, one = np.exp(-mean), mean * np.exp(-mean)
+    more = np.maximum(1 - none - one, 0.0)
+    number = np.where(more > 1e-9, (mean - one) / np.maximum(more, 1e-9), 2.0)
+    return np.stack([np.zeros_like(mean), np.ones_like(mean), number], axis=1), np.stack([none, one, more], axis=1)
+
+
+def _own(replica: Replica, beside: int, room: float, ahead: Array, behind: Array) -> tuple[Array, Array]:
+    """Seconds of the steps that compute a prompt, by moment, by the tokens before it and behind it, by its length.
+
+    ahead, behind: moments x values, in tokens; also the shares of the lengths
     """
     import numpy as np
 
     computed, shares = replica.asked.some_computed
-    ahead = np.maximum(beside - after, 0.0) * np.where(beside + computed.max() > room, 1.0, 0.0)
-    before = ahead[:, None] + computed
+    before = ahead[:, :, None, None] + computed
     full = np.ceil(before / room - 1e-9) - 1
-    size = np.minimum(beside[:, None] + computed - full * room, room)
-    whole = replica.seconds(running, room)
-    return full * whole + replica.seconds(running, size), shares
+    size = np.minimum(before - full * room + behind[:, None, :, None], room)
+    return full * replica.seconds(beside, room) + replica.seconds(beside, size) + replica.long_prompts, shares
 
 
-def _compound(arrivals: Array, length: Array) -> Array:
-    """Laws of the units that a Poisson number of prompts brings, by mean number: by the Fourier transform."""
+def _compound(arrivals: Array, shape: Any, start: Array) -> Array:
+    """Laws of units after a Poisson number of prompts, by mean number, on top of a law.
+
+    shape: the Fourier transform of the law of one prompt; of the sum it is exp(number (shape - 1)) times that of start
+    """
     import numpy as np
 
-    shape = np.fft.rfft(length, 2 * len(length))
-    laws = np.fft.irfft(np.exp(arrivals[:, None] * (shape - 1)), 2 * len(length))
-    found: Array = np.maximum(laws[:, : len(length)], 0.0)
+    size = 2 * UNITS
+    laws = np.fft.irfft(np.fft.rfft(start, size) * np.exp(arrivals[:, None] * (shape - 1)), size)
+    found: Array = np.maximum(laws[:, :UNITS], 0.0)
     return found
+
+
+def _few(laws: Array) -> tuple[Array, Array]:
+    """Each law of units in a few values with weights: means of its slices, weight 0 where a slice has none."""
+    import numpy as np
+
+    ladder = laws.cumsum(axis=1)
+    part = np.searchsorted(np.array(AHEAD), (ladder - laws / 2) / ladder[:, -1:])
+    cell = (part + (len(AHEAD) + 1) * np.arange(len(laws))[:, None]).ravel()
+    count = (len(AHEAD) + 1) * len(laws)
+    shares = np.bincount(cell, laws.ravel(), count).reshape(len(laws), -1)
+    sums = np.bincount(cell, (laws * np.arange(laws.shape[1])).ravel(), count).reshape(len(laws), -1)
+    return sums / np.maximum(shares, 1e-300), shares / ladder[:, -1:]
 
 
 def _stationary(moves: Array) -> Array:
@@ -327,7 +370,7 @@ def later_tokens(asked: Asked, rate: float, chain: Chain) -> tuple[Array, Array,
     square = (1 + float(asked.computed.var() / asked.tokens**2)) * chain.prompt_seconds**2
     free = max(1 - rate * chain.prompt_seconds, 0.02)
     followed = rate * square / 2 / free
-    middle = chain.step_seconds - followed / asked.steps
+    middle = max(chain.step_seconds - followed / asked.steps, chain.step_seconds / 2)
     life = steps / chain.memory_steps
     kept = 2 * (life - 1 + np.exp(-life)) / life**2
     met = rate * chain.step_seconds / steps * square / free**2

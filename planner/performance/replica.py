@@ -151,6 +151,10 @@ class Replica:
         )
         if limits.prefill_first:  # a step of prompts alone, then one that decodes
             self.table[1:, 1:] = self.table[0, 1:] + self.table[1:, :1]
+        some, pairs = asked.tokens, asked.tokens * asked.density
+        self.pair_seconds = (
+            float(decoder.seconds(0.0, 0.0, some, 2 * pairs, 1.0) - decoder.seconds(0.0, 0.0, some, pairs, 1.0)) / pairs
+        )
         self.room = self.room_beside(levels)
         self.full = self.seconds(levels, self.room)
 
@@ -177,6 +181,14 @@ class Replica:
         above = table[row, column] + across * (table[row, column + 1] - table[row, column])
         below = table[next_row, column] + across * (table[next_row, column + 1] - table[next_row, column])
         found: Array = above + down * (below - above)
+        return found
+
+    @cached_property
+    def long_prompts(self) -> Array:
+        """Seconds that each of asked.some_computed takes beyond what the mean prompt's pairs a token would make it."""
+        computed, _ = self.asked.some_computed
+        pairs = computed**2 * (1 / (1 - self.asked.hit) - 0.5)
+        found: Array = self.pair_seconds * (pairs - computed * self.asked.density)
         return found
 
     @cached_property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from planner.catalog.engines import default_engine_version
 from planner.catalog.hardware import Gpu, VmSku, gpu_of, link_bytes_per_s
@@ -184,7 +184,7 @@ def speeds_of(speed: ServingSpeed, card: Gpu, link: Link | None, *, experts: boo
         elementwise_bytes=bandwidth * speed.elementwise,
         dense_flops=wide * plain.matmul if packed_experts else narrow * speed.matmul,
         head_flops=wide * plain.matmul,
-        expert_flops=narrow * speed.matmul * speed.expert_matmul,
+        expert_flops=narrow * speed.matmul * min(1.0, speed.expert_matmul * grouped_share(wide)),
         attention_flops=wide * speed.attention,
         ramp_tokens=speed.ramp_tokens,
         step=speed.step_seconds,
@@ -195,6 +195,14 @@ def speeds_of(speed: ServingSpeed, card: Gpu, link: Link | None, *, experts: boo
         link_bytes=link.bytes_per_s * speed.link if link is not None else 1.0,
         floor=speed.floor_seconds,
     )
+
+
+def grouped_share(peak_flops: Any) -> Any:
+    """How a card's peak scales what grouped matmuls attain of it: (10^15 / peak)^(1/2).
+
+    Few rows for each expert keep a slow card busy more easily than a fast one. Number or array.
+    """
+    return (1e15 / peak_flops) ** 0.5
 
 
 def _plain(speed: ServingSpeed) -> ServingSpeed:

@@ -49,6 +49,8 @@ def print_scale(console: Console, answer: ScaleAnswer, *, explain: bool = False)
     if explain:
         for choice in answer.choices:
             _explain(console, answer, choice)
+        if answer.features:
+            _features(console, answer)
         _formulas(console, answer)
     for note in answer.notes:
         console.print(f"Note: {_escape(note)}.", highlight=False)
@@ -208,6 +210,19 @@ def _explain(console: Console, answer: ScaleAnswer, choice: Choice) -> None:
         lines.append(f"vllm serve MODEL {' '.join(choice.arguments)}")
     for line in lines:
         console.print(f"  {_escape(line)}", highlight=False)
+
+
+def _features(console: Console, answer: ScaleAnswer) -> None:
+    """What each feature does to a lone request and to the rate at saturation, as times faster."""
+    name = answer.choices[0].sku.removeprefix("Standard_")
+    columns = [("", "left"), ("as", "left"), ("alone", "right"), ("saturated", "right")]
+    table = _table(f"What it would buy on {name}, times faster", columns)
+    for feature in answer.features:
+        table.add_row(feature.name, _escape(feature.setting), f"{feature.alone:.2f}", f"{feature.saturated:.2f}")
+    console.print()
+    console.print(table)
+    for note in dict.fromkeys(feature.note for feature in answer.features):
+        console.print(f"  {_escape(note)}", highlight=False)
 
 
 def _range(span: Span) -> str:

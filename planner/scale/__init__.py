@@ -17,6 +17,8 @@ from planner.cost.lines import Line, vm_line
 from planner.cost.schedule import MONTH_HOURS
 from planner.cost.spot import serving_overhead
 from planner.errors import PlannerError
+from planner.performance.features import Feature, what_it_buys
+from planner.performance.server import server
 from planner.plan.choices import machine_rate
 from planner.plan.intent import ANY_REGION
 from planner.run import assumed_risk
@@ -24,13 +26,14 @@ from planner.scale.answer import METRIC_FLAGS, Choice, Machine, Money, Performan
 from planner.scale.asked import wanted_from_options
 from planner.scale.day import band
 from planner.scale.measured import MeasuredCurve, read_measured
-from planner.scale.replica import METRICS, excess, limit_of, rate_figure
+from planner.scale.replica import METRICS, Modelled, excess, limit_of, rate_figure
 from planner.scale.search import SHOWN, Found, places_of, search, undominated
 from planner.scale.words import stored_as
 from planner.units import round_money
 
 __all__ = ["ScaleAnswer", "Wanted", "machine_lines", "read_measured", "scale", "wanted_from_options"]
 
+OTHER_FORMATS = ("fp8", "awq")
 SIMULATED_STEPS = 6  # how often machines are added where the simulation finds too few
 
 
@@ -80,8 +83,26 @@ def scale(wanted: Wanted, sheet: PriceSheet, measured: Sequence[MeasuredCurve] =
         price_source=""
         if used is None
         else f"price sheet {sheet.name} ({sheet.digest}), {used.provenance.source} ({used.provenance.as_of})",
+        features=_features(wanted, kept[0]) if choices else (),
         notes=(*wanted.notes, *_spot_notes(wanted)),
     )
+
+
+def _features(wanted: Wanted, found: Found) -> tuple[Feature, ...]:
+    """What the engine's features and the other weight formats would buy on the first choice, where all is asked for."""
+    replica = found.replica
+    if not wanted.everything or not isinstance(replica, Modelled):
+        return ()
+    running, formats = replica.server, {}
+    for name in OTHER_FORMATS if running.spec.quantization is None else ():
+        if name == running.settings.quantization:
+            continue
+        settings = running.settings.model_copy(update={"quantization": name})
+        try:
+            formats[name] = server(running.spec, settings, running.card, running.link)
+        except PlannerError:  # a format that the card or the model cannot have buys nothing
+            continue
+    return what_it_buys(running, replica.traffic, formats=formats)
 
 
 def _spot_notes(wanted: Wanted) -> Iterator[str]:

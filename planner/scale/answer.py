@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 from planner.catalog.prices import Priority
 from planner.memory.serving import ServingSettings
 from planner.model import Amount, Frozen, ModelSpec
+from planner.performance.features import Feature
 from planner.performance.traffic import Slo, Traffic
 from planner.scale.day import Band
 from planner.size import Span
@@ -174,7 +175,7 @@ class ScaleAnswer(Frozen):
 
     at: `high` or `expected`, the end of the latency range that must keep the SLO, or `measured`; cheaper: sizes of
     which one machine would cost less than the first choice, each with its reason; nearest: where nothing does
-    machines: of every size, for the chart alone
+    machines: of every size, for the chart alone; features: what the engine's would buy on the first choice, explained
     """
 
     schema_version: Literal["tonnage.scale/1"] = SCHEMA
@@ -196,4 +197,5 @@ class ScaleAnswer(Frozen):
     day: tuple[float, ...]
     day_source: str
     price_source: str
+    features: tuple[Feature, ...] = ()
     notes: tuple[str, ...] = ()
