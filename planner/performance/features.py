@@ -48,9 +48,11 @@ def what_it_buys(
     Raises PlannerError for a share outside 0 to 1, no draft tokens and no adapters.
     """
     check_lengths(server, traffic)
+    if _share("prefix hit rate", hit_rate) == 1:
+        raise PlannerError("the prefix hit rate 1 leaves no prompt to compute: give less")
     asked = requests_of(server, traffic)
     plain = Replica(_decoder(server), asked)
-    cached = Replica(_decoder(server), Asked(asked.prompts, asked.outputs, hit=_share("prefix hit rate", hit_rate)))
+    cached = Replica(_decoder(server), Asked(asked.prompts, asked.outputs, hit=hit_rate))
     guessed = Asked(asked.prompts, asked.outputs, asked.hit, gain=tokens_per_step(acceptance, draft_tokens))
     speculating = Replica(speculator(server, draft_tokens, draft), guessed)
     adapted = Replica(with_adapters(server, adapters, lora_rank), asked)
@@ -153,5 +155,5 @@ def _alone(replica: Replica) -> float:
 
 def _share(name: str, value: float) -> float:
     if not 0 <= value <= 1:
-        raise PlannerError(f"an {name} of {value:g} is not a share: give 0 to 1".replace("an prefix", "a prefix"))
+        raise PlannerError(f"the {name} {value:g} is not a share: give 0 to 1")
     return value

@@ -1,6 +1,6 @@
 """Latency and throughput of one replica under load, in closed form for tables and search, and by simulation.
 
-Up to 80 % of saturation they agree on open streams: means within 6 %, 95th percentiles within 19 % (tests/unit/test_load).
+Up to 80 % of saturation they agree on open streams: means within 6 %, 95th percentiles within 19 %, mostly below.
 Two things only the simulation knows: what a full KV cache does near saturation (the closed form's time to first token
 is too short there), and closed loops of equal lengths, whose clients march in step and wait for each other's prompts.
 """

@@ -343,8 +343,9 @@ def test_what_features_buy_alone_and_at_saturation() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"hit_rate": 1.5}, "prefix hit rate of 1.5 is not a share"),
-        ({"acceptance": -0.1}, "acceptance of -0.1 is not a share"),
+        ({"hit_rate": 1.5}, "the prefix hit rate 1.5 is not a share: give 0 to 1"),
+        ({"hit_rate": 1.0}, "leaves no prompt to compute"),
+        ({"acceptance": -0.1}, "the acceptance -0.1 is not a share"),
         ({"draft_tokens": 0}, "0 draft tokens are no speculation"),
         ({"adapters": 0}, "0 adapters change nothing"),
     ],
@@ -407,10 +408,10 @@ def test_slices_and_samples_of_log_normal_lengths_keep_the_mean(mean: float, sig
     lengths = Lengths(mean=mean, sigma=sigma)
     slices = lengths.quantiles(200)
     assert slices == sorted(slices)
-    assert np.mean(slices) == pytest.approx(mean, rel=0.01)
+    assert np.mean(slices) == pytest.approx(mean, rel=0.002, abs=0.51)  # half a token of rounding
     # the error of a sample's mean is its deviation / sqrt(n); five of those
     deviation = (np.exp(sigma**2) - 1) ** 0.5 + 1e-3
-    assert np.mean(lengths.sample(4000, 3)) == pytest.approx(mean, rel=5 * deviation / 4000**0.5 + 0.01)
+    assert np.mean(lengths.sample(4000, 3)) == pytest.approx(mean, rel=5 * deviation / 4000**0.5, abs=0.51)
 
 
 def test_the_median_of_log_normal_lengths_is_below_the_mean_by_half_the_variance_of_the_logarithm() -> None:
