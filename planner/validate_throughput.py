@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 from math import exp
 from statistics import NormalDist
 
@@ -40,6 +41,9 @@ WAVES = 10  # requests a client of a closed loop sends, where a row does not say
 MANY_CLIENTS, FEW_WAVES = 128, 4  # beyond so many clients the start weighs little, and fewer waves are replayed
 QUEUED = 0.3  # of the clients wait for their first token on average: above that the server is saturated
 OTHER_SEQUENCES = {"tensorrt-llm": 2048, "sglang": 1024}  # their own defaults
+KEPT_UP = 0.8  # of the rate, or the queue grows
+BURST_PER_S = 100.0  # sent faster than that, some hundred requests are there at once
+RATED_REQUESTS = 500  # sent at a rate, where a row does not say how many
 MORE_THAN_SMALL = 300  # running at a time: more than the 256 that vLLM allows small cards by default
 LIGHT = 0.8  # no engine attains more of the data sheet than this, so a faster row was not computed as it says
 
@@ -48,9 +52,9 @@ LIGHT = 0.8  # no engine attains more of the data sheet than this, so a faster r
 class Benchmark:
     """What one run of a benchmark did, from the rows that it left.
 
-    settings: with the usual defaults where the rows do not say, in `assumed`; concurrency: clients of a closed loop,
-    None for all requests at once; asynchronous: scheduling as its command says, None for the engine's default
-    measured: by metric, the row's id and its value; source: the document
+    settings: with the usual defaults where the rows do not say, in `assumed`; asynchronous: scheduling as its command
+    says, None for the engine's default; concurrency: clients of a closed loop, rate_per_s: of Poisson arrivals, neither
+    for all requests at once; measured: by metric, the row's id and its value; source: the document
     """
 
     source: str
@@ -62,6 +66,7 @@ class Benchmark:
     prompts: tuple[int, ...]
     outputs: tuple[int, ...]
     concurrency: int | None
+    rate_per_s: float | None
     asynchronous: bool | None
     measured: Mapping[str, tuple[str, float]]
     assumed: tuple[str, ...]
@@ -77,6 +82,7 @@ class Benchmark:
     def label(self) -> str:
         """The setting in words, for the table."""
         load = "at once" if self.concurrency is None else f"{self.concurrency} clients"
+        load = load if self.rate_per_s is None else f"{self.rate_per_s:g} a second"
         size = f"{sum(self.prompts) // len(self.prompts)}/{sum(self.outputs) // len(self.outputs)} tokens"
         tp = self.settings.tensor_parallel_size
         return f"{self.engine}, {tp} x {self.card.name}, {len(self.prompts)} requests {load}, {size}"
@@ -145,10 +151,19 @@ def benchmark(group: Sequence[Row]) -> Benchmark:
         raise NotModelled("tensor parallelism over several machines is not modelled")
     spec, quantization = _spec(row)
     prompts, outputs, concurrency, assumed = _load(row, measured)
+    rate = _rate(row)
+    if rate is not None:
+        concurrency = None  # the clients that are stated beside a rate are those that it leaves waiting
     longest = max(map(sum, zip(prompts, outputs, strict=True)))
     settings, more = _settings(row, engine, spec, card, tp, quantization, longest)
     running = _running(measured, prompts, outputs)
-    if engine == "vllm" and concurrency is None and settings.max_num_seqs is None and running > MORE_THAN_SMALL:
+    if (
+        engine == "vllm"
+        and concurrency is None
+        and rate is None
+        and settings.max_num_seqs is None
+        and running > MORE_THAN_SMALL
+    ):
         settings = settings.model_copy(update={"max_num_seqs": 1024, "max_num_batched_tokens": 8192})
         more = (*more, f"1,024 sequences a step, for its own figures leave {running:,.0f} running")
     found = Benchmark(
@@ -161,6 +176,7 @@ def benchmark(group: Sequence[Row]) -> Benchmark:
         prompts=prompts,
         outputs=outputs,
         concurrency=concurrency,
+        rate_per_s=rate,
         asynchronous=True if "--async-scheduling" in notes else None,
         measured=measured,
         assumed=(*assumed, *more),
@@ -285,6 +301,15 @@ def _link(card: Gpu, tp: int) -> Link | None:
     return Link(kind="pcie", bytes_per_s=card.pcie_bytes_per_s)
 
 
+def _rate(row: Row) -> float | None:
+    """Requests a second that are sent, None for loops and bursts. A rate above all that any server does is a burst."""
+    text = row["request_rate"].strip()
+    rate = float(text) if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text) else None
+    if rate == 0:
+        raise PlannerError("a rate of 0 requests a second measures nothing: state the rate")
+    return rate if rate is not None and rate < BURST_PER_S else None
+
+
 Lengths = tuple[tuple[int, ...], tuple[int, ...], int | None, tuple[str, ...]]
 
 
@@ -332,6 +357,14 @@ def _load(row: Row, measured: Mapping[str, tuple[str, float]]) -> Lengths:
                 *_spread(means, count, low, high),
                 clients,
                 (*assumed, f"lengths from {low:g} to {high:g} of the stated"),
+            )
+        elif _rate(row) is not None:
+            stated = re.search(r"(\d+) prompts", notes)
+            count = int(stated[1]) if stated else RATED_REQUESTS
+            return (
+                *_spread(means, count, 0.9, 1.1),
+                None,
+                (f"{count} requests, lengths from 0.9 to 1.1 of the stated",),
             )
         elif clients and re.search(r"requests at once|prefill-dominated", notes):
             count, clients = clients, None
@@ -396,10 +429,16 @@ def replay(found: Benchmark, *, keep_steps: bool = False) -> tuple[Server, Serve
         found.prompts,
         found.outputs,
         limits_of(found, running),
+        arrivals=None if found.rate_per_s is None else _arrivals(len(found.prompts), found.rate_per_s),
         concurrency=found.concurrency,
         keep_steps=keep_steps,
     )
     return running, served
+
+
+def _arrivals(count: int, rate_per_s: float) -> list[float]:
+    draw = random.Random(11).expovariate
+    return list(accumulate((draw(rate_per_s) for _ in range(count - 1)), initial=0.0))
 
 
 def limits_of(found: Benchmark, running: Server) -> Limits:
@@ -442,7 +481,10 @@ def figures(found: Benchmark, served: Served, floor_seconds: float) -> dict[str,
 
 
 def saturated(found: Benchmark, served: Served) -> bool:
-    """Whether requests queue: all at once, or more than QUEUED of a closed loop's clients wait for a first token."""
+    """Whether requests queue: all at once, sent faster than they are served, or more than QUEUED of a closed loop's
+    clients wait for a first token."""
+    if found.rate_per_s is not None:
+        return len(found.prompts) / served.seconds < KEPT_UP * found.rate_per_s
     if found.concurrency is None:
         return True
     waited = sum(f - s for f, s in zip(served.first, served.sent, strict=True))

@@ -79,6 +79,8 @@ class Run:
 
 def replayed(found: Benchmark) -> Run:
     """The schedule of a benchmark, its steps gathered into bins of like ones."""
+    if found.rate_per_s is not None:
+        raise PlannerError("which requests meet depends on how long steps take: not a fixed sum of step times")
     running = found.server
     check_light(found, running)
     served = simulate(

@@ -7,6 +7,7 @@ from decimal import Decimal
 from functools import cached_property
 from typing import NamedTuple
 
+from planner import run
 from planner.catalog.assumptions import assumption
 from planner.catalog.hardware import VmSku, cpu_size, gpu_of, sku
 from planner.catalog.mig import cut
@@ -100,17 +101,7 @@ class Job:
         risk = spot_risk(self.intent)
         if not isinstance(fit.memory, TrainingMemory):
             return serving_overhead(risk)
-        speed, fixed = assumption("checkpoint_write_bytes_per_s"), assumption("checkpoint_fixed_seconds")
-        size = checkpoint_bytes(fit)
-        best, usual, worst = (
-            float(size / rate + seconds) / 3600
-            for rate, seconds in (
-                (speed.high, fixed.low),
-                (speed.expected, fixed.expected),
-                (speed.low, fixed.high),
-            )
-        )
-        return training_overhead(risk, (best, usual, worst))
+        return training_overhead(risk, run.checkpoint_hours(run.checkpoint_bytes(fit.memory)))
 
     def billed_hours(self, priority: Priority, overhead: Overhead) -> Decimal:
         """Hours a month that one machine is there: work, evictions, and until it is given back; at most the month."""
@@ -167,25 +158,14 @@ def excluded(size: VmSku, wanted: tuple[str, ...]) -> str:
 
 
 def spot_risk(intent: Intent) -> SpotRisk:
-    """How often spot machines are taken back and what that costs: the intent's own figures, else the catalog's."""
-    rate, restart = assumption("evictions_per_hour"), assumption("restart_hours")
-    return SpotRisk(
-        evictions_per_hour=intent.pricing.evictions_per_hour or (rate.low, rate.expected, rate.high),
-        restart_hours=(restart.low, restart.expected, restart.high),
-    )
+    """The intent's eviction rates, or the catalog's; the hours of a restart are the catalog's."""
+    risk, stated = run.assumed_risk(), intent.pricing.evictions_per_hour
+    return risk if not stated else risk.model_copy(update={"evictions_per_hour": stated})
 
 
 def checkpoint_bytes(fit: Fit) -> int:
-    """Bytes of one training checkpoint: what is trained and its optimizer state, over all GPUs that hold a part."""
-    if not isinstance(fit.memory, TrainingMemory):
-        return 0
-    settings = fit.memory.settings
-    parts = {part.name: part.expected_bytes for part in fit.memory.estimate.components}
-    trained = parts.get("weights", 0) if settings.method == "full" else parts.get("adapters", 0)
-    sharded = settings.parallelism in ("zero3", "fsdp", "fsdp2")
-    state_sharded = settings.parallelism not in ("none", "ddp")
-    n = settings.n_gpus
-    return trained * (n if sharded else 1) + parts.get("optimizer state", 0) * (n if state_sharded else 1)
+    """Bytes of one training checkpoint; of a server none."""
+    return run.checkpoint_bytes(fit.memory) if isinstance(fit.memory, TrainingMemory) else 0
 
 
 def needs_disk(size: VmSku) -> bool:

@@ -154,9 +154,22 @@ def test_a_campaign_inside_a_collection_is_a_source_of_its_own() -> None:
     assert source_of(row(notes="id=a; source_file=2026-04-06.csv; b")) == "https://example.org/speeds 2026-04-06.csv"
 
 
+def test_requests_at_a_rate_arrive_one_by_one() -> None:
+    slow = benchmark([row(request_rate="0.5", batch_or_concurrency="1", notes="60 prompts")])
+    assert (slow.rate_per_s, slow.concurrency, len(slow.prompts)) == (0.5, None, 60)
+    values, queued = predicted(slow)
+    assert not queued
+    alone, _ = predicted(benchmark([row(batch_or_concurrency="1")]))
+    assert values["tpot_ms_mean"] == pytest.approx(alone["tpot_ms_mean"], rel=0.1)
+    assert values["req_s"] == pytest.approx(0.5, rel=0.3)  # 60 arrivals of a Poisson stream
+    assert predicted(benchmark([row(request_rate="90", notes="900 prompts")]))[1]
+    assert benchmark([row(request_rate="200", batch_or_concurrency="8", notes="8 requests at once")]).rate_per_s is None
+
+
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
+        ({"request_rate": "0"}, "a rate of 0 requests a second"),
         ({"engine": "llama.cpp"}, "llama.cpp is not modelled"),
         ({"engine": "vLLM (ROCm)"}, "vLLM on ROCm"),
         ({"model": "nobody/knows-1b"}, "is not in the model catalog"),
