@@ -641,6 +641,7 @@ def test_too_many_requests_are_repeated_after_the_time_that_the_api_names(server
         ("", 1),
         ("Mon, 99 Foo 2026 00:00:00 GMT", 1),
     ],
+    ids=["a day", "next year", "last year", "a word", "negative", "empty", "no date"],
 )
 def test_the_wait_that_the_api_names_is_seconds_or_a_date_and_at_most_a_minute(
     server: RetailServer, said: str, expected: int

@@ -162,7 +162,7 @@ def test_json_is_the_answer_and_nothing_else(tmp_path: Path) -> None:
     assert list(raw) == [
         "schema_version", "model", "rate_per_s", "input_tokens", "output_tokens", "context", "slo", "at", "priority",
         "regions", "choices", "cheaper", "rejected", "nearest", "nearest_flags", "machines", "day", "day_source",
-        "price_source", "notes",
+        "price_source", "features", "notes",
     ]  # fmt: skip
     assert list(raw["choices"][0]) == [
         "sku", "gpu", "gpus_per_machine", "tensor_parallel_size", "weights", "kv_cache_dtype", "replicas", "machines",
@@ -170,6 +170,21 @@ def test_json_is_the_answer_and_nothing_else(tmp_path: Path) -> None:
         "extrapolated", "arguments", "sweep", "one_less",
     ]  # fmt: skip
     assert raw["choices"][0]["money"][0]["usd_per_month"] == str(answer.choices[0].money[0].usd_per_month)
+
+
+def test_explain_says_what_each_feature_of_the_engine_would_buy() -> None:
+    load = ("scale", "--model", "qwen3-8b", "--rps", "5", "--input", "500", "--output", "200", "--tpot-p95", "60ms")
+    sizes = ("--sku", "NC24ads_A100_v4", "-q", "16-bit")
+    text = golden.run((*load, *sizes, "--explain"), 120).stdout
+    assert "What it would buy on NC24ads_A100_v4" in text
+    for name in ("prefix caching", "speculative decoding", "LoRA adapters", "fp8 weights", "awq weights"):
+        assert name in text
+    found = ScaleAnswer.model_validate_json(golden.run((*load, *sizes, "--explain", "--json"), 80).stdout)
+    gains = {feature.name: feature for feature in found.features}
+    assert gains["speculative decoding"].alone > gains["speculative decoding"].saturated
+    assert gains["awq weights"].alone > 1 > gains["awq weights"].saturated
+    assert gains["prefix caching"].saturated > 1
+    assert ScaleAnswer.model_validate_json(golden.run((*load, *sizes, "--json"), 80).stdout).features == ()
 
 
 @pytest.mark.parametrize(
