@@ -50,14 +50,14 @@ types: .venv/.synced  ## types (mypy, strict)
 	$(VENV)/mypy
 
 unit: .venv/.synced  ## the unit tests alone
-	$(VENV)/python -m pytest tests/unit $(PYTEST_ARGS)
+	$(VENV)/python -m pytest -n auto tests/unit $(PYTEST_ARGS)
 
 format: .venv/.synced  ## put the code in its format, fix what can be fixed
 	$(VENV)/ruff check --fix --exit-zero --quiet $(CHECKED)
 	$(VENV)/ruff format $(CHECKED)
 
 test: lint types  ## set up and run all that needs only Python packages
-	$(VENV)/python -m pytest tests --ignore=tests/live --ignore=tests/e2e --ignore=tests/gpu $(PYTEST_ARGS)
+	$(VENV)/python -m pytest -n auto tests --ignore=tests/live --ignore=tests/e2e --ignore=tests/gpu $(PYTEST_ARGS)
 
 # -W default: the frameworks warn of their own affairs when they are imported, which is no error of ours.
 live: .live-env  ## run the tests that need torch, transformers, peft, TRL or vLLM (6 GB the first time)

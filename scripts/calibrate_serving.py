@@ -304,7 +304,7 @@ def _stacked_work(works: Sequence[Work], run_of: NDArray[np.intp]) -> Work:
 
 
 def _rows(runs: Sequence[Run]) -> list[tuple[int, int, float, str, float]]:
-    """(which sum, run, measured value of it, kind, weight) of every figure; TensorRT-LLM's closed loops: TPOT alone."""
+    """(which sum, run, measured value of it, kind, weight) of every figure."""
     rows = []
     for place, run in enumerate(runs):
         found = run.found
@@ -315,13 +315,6 @@ def _rows(runs: Sequence[Run]) -> list[tuple[int, int, float, str, float]]:
         burst = 1.0 if found.concurrency else BURST_WEIGHT
         for name, (_, value) in found.measured.items():
             kind = METRICS[name]
-            if (
-                found.engine == "tensorrt-llm"
-                and found.concurrency
-                and name == "ttft_ms_mean"
-                and "silicon" in found.source
-            ):
-                continue
             if name in units:
                 if "rate" in seen:
                     continue  # the same figure in other words
