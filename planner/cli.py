@@ -342,6 +342,26 @@ def budget(
     money.check_budget(made)
 
 
+@app.command()
+def chat(
+    stack: Annotated[str | None, Option(help="Talk to the server of stacks/Pulumi.STACK.yaml, by kubectl.")] = None,
+    url: Annotated[str | None, Option(help="Talk to this server, such as http://localhost:8000.")] = None,
+    workload: Annotated[str | None, Option(help="Which server, where the stack has several.")] = None,
+    model: Annotated[
+        str | None, Option(help="A model or adapter that the server has. [default: its first one]")
+    ] = None,
+    message: Annotated[str | None, Option("-m", "--message", help="Ask this one question and stop.")] = None,
+    system: Annotated[str | None, Option(help="What the model is told first.")] = None,
+    max_tokens: Annotated[int | None, Option(help="Tokens of an answer. [default: the server's]", min=1)] = None,
+    temperature: Annotated[float | None, Option(help="0 always takes the likeliest token.", min=0, max=2)] = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to a server, to see that it works and how fast; its key is in TONNAGE_API_KEY, or the stack's own."""
+    from planner import chat as chats
+
+    chats.chat(locals())
+
+
 @prices_app.callback()
 def prices_table(
     context: typer.Context,
