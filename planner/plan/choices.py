@@ -28,6 +28,7 @@ from planner.plan.intent import (
     settings_of,
     stated_gpus,
 )
+from planner.plan.serving import check_adapters
 from planner.units import format_gib
 
 OUTSIDE_EVERY_VM = "one machine has not that many GPUs, or shares one"
@@ -51,6 +52,8 @@ class Job:
         self.spec: ModelSpec = model_of(intent, workload)
         self.settings: Settings = settings_of(workload)
         self.schedule: Schedule = schedule_of(workload)
+        if isinstance(workload, ServeWorkload):
+            check_adapters(workload.name, self.spec, workload.adapters)
         self.hours: Decimal = self.schedule.hours_per_month()
         # a machine that is no longer needed stays a while, each time
         kept = self.schedule.starts_per_month * assumption("scale_down_hours").expected

@@ -25,6 +25,7 @@ from planner.fit import Settings
 from planner.memory.serving import ServingSettings
 from planner.memory.training import FinetuneSettings
 from planner.model import Frozen, ModelSpec
+from planner.plan.serving import Adapter, Expose, Gateway, Weights, check_server, lora_settings
 from planner.size import rope_factor
 from planner.units import parse_tokens
 
@@ -83,6 +84,12 @@ class ServeWorkload(Frozen):
     schedule: `always`, `80h` a month, or windows; model: in place of the intent's
     settings: any other field of ServingSettings, under vLLM's own name; spot: False keeps it off spot machines
     checkpoint: hub id of the weights as they are served, where settings.quantization asks for others than the model's
+    weights: read from the `hub` at each start, or from the container models (`blob`), where somebody has put them
+    answer_tokens: of the longest answer that a server that stops still finishes (None: the catalog's assumption)
+    tool_call_parser: vLLM's name for how the model writes tool calls (None: the catalog's), `none` for no tools
+    adapters: LoRA adapters loaded at the start; runtime_adapters: others may be loaded while it runs
+    expose: to the cluster alone, to the network by an internal load balancer, or by a gateway of the cluster
+    sleep_level: it can be put to sleep and woken: 1 keeps the weights in the machine's memory, 2 drops them
     """
 
     kind: Literal["serve"]
@@ -95,6 +102,19 @@ class ServeWorkload(Frozen):
     schedule: ScheduleText = "always"
     settings: dict[str, Any] = Field(default_factory=dict)
     spot: bool = True
+    weights: Weights = "hub"
+    answer_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
+    tool_call_parser: str | None = Field(default=None, pattern=r"^[a-z0-9_-]{1,40}$")
+    adapters: tuple[Adapter, ...] = Field(default=(), max_length=32)
+    runtime_adapters: bool = False
+    expose: Expose = "cluster"
+    gateway: Gateway | None = None
+    sleep_level: Literal[1, 2] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ServeWorkload:
+        check_server(self.adapters, self.expose, self.gateway)
+        return self
 
 
 class FinetuneWorkload(Frozen):
@@ -336,6 +356,7 @@ def settings_of(workload: ServeWorkload | FinetuneWorkload) -> Settings:
     try:
         if isinstance(workload, ServeWorkload):
             fields = workload.settings | {"max_model_len": workload.context, "concurrency": workload.concurrency}
+            fields |= lora_settings(workload.name, fields, workload.adapters, workload.runtime_adapters)
             return ServingSettings(**fields)
         offload = workload.settings.get("offload", ())
         fields = workload.settings | {"seq_len": workload.context, "method": workload.method, "offload": offload}

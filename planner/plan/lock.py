@@ -10,21 +10,25 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from planner.catalog.assumptions import assumption
 from planner.catalog.hardware import gpu_of, sku
-from planner.catalog.mig import Profile
+from planner.catalog.mig import Profile, card_of, cut
 from planner.catalog.platform import Platform, platform
 from planner.cost.cluster import OS_DISK_GIB, Cluster, Posture, Storage
 from planner.cost.schedule import Window, parse_schedule
 from planner.errors import DoesNotFit, PlannerError
 from planner.fit import Task
-from planner.memory.serving_parts import QUANTIZED_AT_START
+from planner.memory.serving_parts import QUANTIZED_AT_START, ServingSettings
+from planner.memory.weights import weight_bytes, weight_scheme
 from planner.model import Amount, Frozen
 from planner.plan.choices import limits, needs_disk, other_vcpus
-from planner.plan.intent import Intent, ServeWorkload, model_of
+from planner.plan.intent import Intent, ServeWorkload, model_of, settings_of
 from planner.plan.result import TOTAL_QUOTA, Placed, Plan, Pool, PricesUsed
+from planner.plan.serving import Serving, read_rate, token_seconds, tool_parser
 from planner.units import format_gib, format_usd, round_money
 
 VERSION = 1
+COMPILED_BYTES = 8 << 30  # code that vLLM, PyTorch and Triton compile, and tokenizers, with room
 
 
 def again(stack: str = "STACK") -> str:
@@ -59,6 +63,7 @@ class LockedWorkload(Frozen):
     """A workload as Placed, with its schedule's windows and the memory receipt as expected bytes by component.
 
     hub_id: of the weights as they are served or trained; None where nobody said where those lie
+    serving: of a server, what else it is run by
     """
 
     name: str
@@ -79,6 +84,7 @@ class LockedWorkload(Frozen):
     needed_bytes: int
     usable_bytes: int
     memory_bytes: dict[str, int]
+    serving: Serving | None = None
 
 
 class Around(Frozen):
@@ -139,7 +145,7 @@ def lock_of(plan: Plan, intent: Intent) -> Lock:
         high_usd=round_money(plan.high_usd),
         approved_usd_per_month=intent.approved_usd_per_month,
         pools=tuple(_locked_pool(pool, intent, surges[pool.name]) for pool in plan.pools),
-        workloads=tuple(_locked_workload(placed, intent) for placed in plan.workloads),
+        workloads=tuple(_locked_workload(placed, plan, intent) for placed in plan.workloads),
         around=Around(
             posture=intent.posture,
             cluster=cluster,
@@ -200,10 +206,12 @@ def _surges(plan: Plan, intent: Intent) -> dict[str, int]:
     return found
 
 
-def _locked_workload(placed: Placed, intent: Intent) -> LockedWorkload:
+def _locked_workload(placed: Placed, plan: Plan, intent: Intent) -> LockedWorkload:
     shared = placed.model_dump(include=set(LockedWorkload.model_fields))
     wanted = next(workload for workload in intent.workloads if workload.name == placed.name)
+    serving = None
     if isinstance(wanted, ServeWorkload):
+        serving = _serving(wanted, placed, plan, intent)
         stored = wanted.settings.get("quantization") in (None, *QUANTIZED_AT_START)
         own = stored or model_of(intent, wanted).quantization is not None
         shared["hub_id"] = wanted.checkpoint or (placed.hub_id if own else None)
@@ -211,6 +219,38 @@ def _locked_workload(placed: Placed, intent: Intent) -> LockedWorkload:
         **shared,
         windows=parse_schedule(placed.schedule).windows,
         memory_bytes={part.name: part.expected_bytes for part in placed.memory.components},
+        serving=serving,
+    )
+
+
+def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) -> Serving:
+    """What a server is run by, beside its memory."""
+    spec, settings = model_of(intent, wanted), settings_of(wanted)
+    assert isinstance(settings, ServingSettings)
+    made_at_start = spec.quantization is None and settings.quantization in QUANTIZED_AT_START
+    stored = weight_bytes(spec, weight_scheme(spec, None if made_at_start else settings.quantization))
+    if settings.draft is not None:
+        stored += weight_bytes(settings.draft, weight_scheme(settings.draft))
+    pool = next(pool for pool in plan.pools if pool.name == placed.pool)
+    size = sku(pool.sku)
+    card = card_of((cut(size, intent.gpu_instance_profile) or size) if intent.gpu_instance_profile else size)
+    parser = wanted.tool_call_parser or tool_parser(spec.name, spec.architecture)
+    return Serving(
+        weights=wanted.weights,
+        stored_bytes=stored,
+        cache_bytes=COMPILED_BYTES + (stored * 11 // 10 if wanted.weights == "hub" else 0),
+        read_bytes_per_second=read_rate(wanted.weights),
+        engine_seconds=int(assumption("engine_start_seconds").high),
+        machine_seconds=int(assumption("gpu_machine_seconds").high),
+        endpoint_seconds=int(assumption("endpoint_seconds").high),
+        answer_tokens=min(wanted.answer_tokens or int(assumption("answer_tokens").expected), wanted.context),
+        token_seconds=token_seconds(card, settings.pipeline_parallel_size),
+        tool_call_parser=None if parser == "none" else parser,
+        adapters=wanted.adapters,
+        runtime_adapters=wanted.runtime_adapters,
+        expose=wanted.expose,
+        gateway=wanted.gateway,
+        sleep_level=wanted.sleep_level,
     )
 
 

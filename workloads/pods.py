@@ -1,0 +1,132 @@
+"""What pods of a plan have in common: where they may land, what they may take of a machine, and what they mount."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from planner.plan.lock import Lock, LockedPool, LockedWorkload
+from workloads.arguments import gpus_of_pod
+
+NAMESPACE, GPU_NAMESPACE = "tonnage", "gpu-system"
+SPOT_KEY = "kubernetes.azure.com/scalesetpriority"
+POOL_KEY = "kubernetes.azure.com/agentpool"
+GPU = "nvidia.com/gpu"
+USER = 10001  # of the training image too; above 10,000 so that it is nobody on the machine
+# variable -> secret of the vault, by kind of workload: nobody mounts what is not theirs
+NEEDED_SECRETS = {
+    "serve": {"VLLM_API_KEY": "api-key", "HF_TOKEN": "hf-token"},
+    "finetune": {"HF_TOKEN": "hf-token"},
+}
+ALL_SECRETS = ("api-key", "hf-token")
+
+Manifest = dict[str, Any]
+
+
+def pools_of(lock: Lock, workload: LockedWorkload) -> list[LockedPool]:
+    """The pool that the plan means for a workload, and its twin on demand where there is one."""
+    return [pool for pool in lock.pools if workload.name in pool.workloads]
+
+
+def tolerations(*, spot: bool) -> list[Manifest]:
+    """Of the GPU pools' taint, and of the one that AKS puts on spot machines."""
+    found = [{"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"}]
+    if spot:
+        found.append({"key": SPOT_KEY, "operator": "Equal", "value": "spot", "effect": "NoSchedule"})
+    return found
+
+
+def labels_of(workload: LockedWorkload) -> dict[str, str]:
+    """By which a workload's pods are found: they never change, since a Deployment's selector cannot."""
+    name = "vllm" if workload.task == "serve" else "finetune"
+    return {"app.kubernetes.io/name": name, "app.kubernetes.io/instance": workload.name}
+
+
+def secret_name(workload: LockedWorkload) -> str:
+    """Of the Secret that the CSI driver keeps beside its mount, for variables."""
+    return f"{workload.name}-tonnage-secrets"
+
+
+def secrets_of(workload: LockedWorkload, secrets: Collection[str]) -> list[str]:
+    """Those secrets of the vault that a workload mounts."""
+    return [name for name in NEEDED_SECRETS[workload.task].values() if name in secrets]
+
+
+def place(lock: Lock, workload: LockedWorkload) -> Manifest:
+    """Where a workload's pods may land: its pools, their taints tolerated, spot preferred to its twin."""
+    pools = pools_of(lock, workload)
+    spot = [pool.name for pool in pools if pool.priority == "spot"]
+    return {
+        "pool_key": POOL_KEY,
+        "pools": [pool.name for pool in pools],
+        "preferred": spot if spot and len(pools) > len(spot) else [],
+        "tolerations": tolerations(spot=bool(spot)),
+    }
+
+
+def resources(lock: Lock, workload: LockedWorkload, disk_bytes: int) -> Manifest:
+    """The share of a machine that goes with its share of the GPUs; disk_bytes: of its system disk."""
+    pool, shares = pools_of(lock, workload)[0], lock.platform.shares
+    gpus = gpus_of_pod(workload)
+    part = gpus / pool.gpus_per_node
+    memory = pool.ram_gib_per_node * part
+    vcpus = min(pool.vcpus_per_node * shares["cpu"], pool.vcpus_per_node - shares["kept_vcpus"]) * part
+    disk = f"{-(-disk_bytes // (1 << 30))}Gi"
+    return {
+        "requests": {
+            "cpu": f"{int(vcpus * 1000)}m",
+            "memory": f"{int(memory * shares['memory_request'])}Gi",
+            "ephemeral-storage": disk,
+            GPU: str(gpus),
+        },
+        "limits": {
+            "memory": f"{int(memory * shares['memory_limit'])}Gi",
+            "ephemeral-storage": disk,
+            GPU: str(gpus),
+        },
+    }
+
+
+def environment(workload: LockedWorkload, secrets: Collection[str]) -> list[Manifest]:
+    """Variables: every cache in the volume that the user may write to, and those secrets that the vault has."""
+    plain = {
+        "HOME": "/cache",
+        "USER": "tonnage",  # PyTorch's compiler asks for a user's name, and the number has none in the image
+        "HF_HOME": "/cache/huggingface",
+        "VLLM_CACHE_ROOT": "/cache/vllm",
+        "TORCHINDUCTOR_CACHE_DIR": "/cache/inductor",
+        "TRITON_CACHE_DIR": "/cache/triton",
+    }
+    found: list[Manifest] = [{"name": name, "value": value} for name, value in plain.items()]
+    for variable, secret in NEEDED_SECRETS[workload.task].items():
+        if secret in secrets:
+            source = {"secretKeyRef": {"name": secret_name(workload), "key": secret}}
+            found.append({"name": variable, "valueFrom": source})
+    return found
+
+
+MOUNTS = (
+    {"name": "cache", "mountPath": "/cache"},
+    {"name": "shm", "mountPath": "/dev/shm"},
+    {"name": "secrets", "mountPath": "/mnt/secrets", "readOnly": True},
+)
+
+
+def volumes(workload: LockedWorkload, cache_bytes: int, shares: Sequence[Manifest]) -> list[Manifest]:
+    """The machine's disk for caches, memory shared between a server's processes, secrets, and containers of Blob."""
+    return [
+        *({"name": one["kind"], "persistentVolumeClaim": {"claimName": one["name"]}} for one in shares),
+        {"name": "cache", "emptyDir": {"sizeLimit": f"{-(-cache_bytes // (1 << 30))}Gi"}},
+        {
+            "name": "shm",
+            "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi" if gpus_of_pod(workload) == 1 else "8Gi"},
+        },
+        {
+            "name": "secrets",
+            "csi": {
+                "driver": "secrets-store.csi.k8s.io",
+                "readOnly": True,
+                "volumeAttributes": {"secretProviderClass": workload.name},
+            },
+        },
+    ]
