@@ -14,11 +14,10 @@ from planner.errors import PlannerError
 from planner.plan import Intent, parse_intent
 from planner.plan.lock import AGAIN, Lock, check_lock, parse_lock
 from planner.stack import INTENT_KEY, PLAN_KEY, needed_secrets
-from workloads.pods import NAMESPACE
+from workloads.pods import NAMESPACE, VAULT_NAMES
 from workloads.timing import serving_timing
 
-# config key -> name in the vault
-SECRETS = {"apiKey": "api-key", "hfToken": "hf-token"}
+SECRETS = VAULT_NAMES
 SPARE_PERCENT = 10  # of memory that an allocator keeps and does not use
 MOST_ENDPOINTS = 3  # of storage, vault and registry
 MONTH_DAYS = Decimal(730) / 24

@@ -320,6 +320,21 @@ def preview(
 
 
 @app.command()
+def render(
+    stack: Annotated[str, Option(help="Render the plan of stacks/Pulumi.STACK.yaml.")],
+    output: Annotated[
+        str | None, Option("-o", "--output", metavar="DIR", help="A file an object in this folder.")
+    ] = None,
+    explain: Annotated[bool, Option("--explain", help="Where every argument, probe and limit comes from.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The Kubernetes manifests of a stack's plan, as `pulumi up` applies them."""
+    from planner import manifests
+
+    manifests.render(stack, output, explain=explain, as_json=as_json)
+
+
+@app.command()
 def budget(
     stack: Stack = None,
     scenario: Annotated[str | None, Option(help="A published scenario: dev-2k, dev-32k, prod-budget ...")] = None,

@@ -25,6 +25,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("plan",),
     ("budget",),
     ("preview",),
+    ("render",),
     ("chat",),
     ("prices",),
     ("prices", "refresh"),

@@ -18,7 +18,8 @@ NEEDED_SECRETS = {
     "serve": {"VLLM_API_KEY": "api-key", "HF_TOKEN": "hf-token"},
     "finetune": {"HF_TOKEN": "hf-token"},
 }
-ALL_SECRETS = ("api-key", "hf-token")
+VAULT_NAMES = {"apiKey": "api-key", "hfToken": "hf-token"}  # config key -> name in the vault
+ALL_SECRETS = tuple(VAULT_NAMES.values())
 
 Manifest = dict[str, Any]
 

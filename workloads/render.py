@@ -83,7 +83,8 @@ def _templates() -> jinja2.Environment:
 def _made(template: str, **values: Any) -> list[Manifest]:
     """The objects of a template, parsed back."""
     text = _templates().get_template(f"{template}.yaml.j2").render(values)
-    return [document for document in yaml.safe_load_all(text) if document is not None]
+    # in C where it is there: a tenth of the time
+    return list(yaml.load_all(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def _labelled(manifest: Manifest, labels: Mapping[str, str]) -> Manifest:
@@ -93,7 +94,10 @@ def _labelled(manifest: Manifest, labels: Mapping[str, str]) -> Manifest:
 
 def _namespaces() -> list[Manifest]:
     """Workloads are held to the restricted standard; what reaches into the machines lives apart."""
-    return [{"name": NAMESPACE, "level": "restricted"}, {"name": GPU_NAMESPACE, "level": "privileged"}]
+    return [
+        {"name": name, "labels": {f"pod-security.kubernetes.io/{mode}": level for mode in ("enforce", "audit", "warn")}}
+        for name, level in ((NAMESPACE, "restricted"), (GPU_NAMESPACE, "privileged"))
+    ]
 
 
 def _priorities(lock: Lock) -> str:

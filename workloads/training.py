@@ -9,6 +9,7 @@ from workloads.pods import MOUNTS, NAMESPACE, USER, Manifest, environment, label
 
 SHARES = {"datasets": False, "checkpoints": True, "adapters": True}  # container -> whether a run writes to it
 SAVE_STEPS = 50  # a step takes seconds to a minute: an eviction costs less than an hour of work
+FILES_OF_4_BIT = 3  # bytes of the 16-bit files a byte of weights in 4 bits, whose embeddings stay in 16
 SPARE_DISK_BYTES = 20 << 30  # compiled code, and a blobfuse cache that lies on the machine
 # `trl sft` with what a pod that may be evicted needs: data first, the newest whole checkpoint, and the result kept
 TRAINER = """
@@ -40,7 +41,7 @@ def values(
         {"name": one["kind"], "mountPath": f"/{one['kind']}", **({} if SHARES[one["kind"]] else {"readOnly": True})}
         for one in mounted
     ]
-    disk = workload.memory_bytes.get("weights", 0) * 4 + SPARE_DISK_BYTES  # 16-bit files of a 4-bit model
+    disk = disk_bytes(lock, workload)
     return {
         "name": name,
         "namespace": NAMESPACE,
@@ -73,6 +74,31 @@ def values(
     }
 
 
+def disk_bytes(lock: Lock, workload: LockedWorkload) -> int:
+    """Of the machine's disk: the base model's 16-bit files, which a run may hold in 4 bits, and room to work.
+
+    At most the share of it that pods may have.
+    """
+    stored = workload.memory_bytes.get("weights", 0) * (FILES_OF_4_BIT if "load_in_4bit" in _weights(workload) else 1)
+    pool = lock.pool(workload.pool)
+    return min(stored + SPARE_DISK_BYTES, int(pool.os_disk_gib * lock.platform.shares["disk"] * (1 << 30)))
+
+
+def reason(option: str) -> str:
+    """Why a run is given an option, for `planner render --explain`."""
+    reasons = {
+        "model_name_or_path": "the workload's checkpoint, read from the hub",
+        "dataset_name": "the container `datasets`, mounted",
+        "output_dir": "the container `checkpoints`, mounted; RUN is the Job's own name",
+        "save_strategy": "an evicted run goes on from its newest whole checkpoint",
+        "save_steps": "an eviction costs less than an hour of work",
+        "save_total_limit": "storage.checkpoints_kept of the intent, which the bill counts",
+        "bf16": "what the card computes in",
+        "fp16": "what the card computes in",
+    }
+    return reasons.get(option, "the setting that the memory receipt rests on")
+
+
 def options(lock: Lock, workload: LockedWorkload, run: str) -> dict[str, str]:
     """TRL's options for a run: what the plan's memory rests on, and checkpoints by which an evicted run goes on."""
     settings = workload.settings
@@ -101,8 +127,14 @@ def options(lock: Lock, workload: LockedWorkload, run: str) -> dict[str, str]:
             "lora_dropout": settings.get("lora_dropout", "0.0"),
             "lora_target_modules": settings.get("lora_targets", "all-linear"),
         }
-    if method in ("qlora", "qdora"):
-        found |= {"load_in_4bit": "true", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": "true"}
+    found |= _weights(workload)
     if method in ("dora", "qdora"):
         found["use_dora"] = "true"
     return found
+
+
+def _weights(workload: LockedWorkload) -> dict[str, str]:
+    """How a run keeps the base model's weights: in 4 bits, or as they are."""
+    if workload.settings.get("method", "qlora") in ("qlora", "qdora"):
+        return {"load_in_4bit": "true", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": "true"}
+    return {}

@@ -234,11 +234,18 @@ def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) 
     pool = next(pool for pool in plan.pools if pool.name == placed.pool)
     size = sku(pool.sku)
     card = card_of((cut(size, intent.gpu_instance_profile) or size) if intent.gpu_instance_profile else size)
+    cache = COMPILED_BYTES + (stored * 11 // 10 if wanted.weights == "hub" else 0)
+    room = int(OS_DISK_GIB * platform().shares["disk"]) << 30
+    if cache > room:
+        raise PlannerError(
+            f"{wanted.name}: {format_gib(stored)} of weights do not fit on a machine's disk of {OS_DISK_GIB} GiB: put"
+            " them into the storage account and set weights: blob, from where they are read as they are needed"
+        )
     parser = wanted.tool_call_parser or tool_parser(spec.name, spec.architecture)
     return Serving(
         weights=wanted.weights,
         stored_bytes=stored,
-        cache_bytes=COMPILED_BYTES + (stored * 11 // 10 if wanted.weights == "hub" else 0),
+        cache_bytes=cache,
         read_bytes_per_second=read_rate(wanted.weights),
         engine_seconds=int(assumption("engine_start_seconds").high),
         machine_seconds=int(assumption("gpu_machine_seconds").high),

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from planner.catalog import load_model, read_facts
+from planner.catalog import model_entry, read_facts
 from planner.catalog.assumptions import assumption
 from planner.catalog.hardware import Gpu
 from planner.errors import PlannerError
@@ -117,12 +117,15 @@ def lora_settings(
     name: str, settings: Mapping[str, Any], adapters: Sequence[Adapter], runtime_adapters: bool
 ) -> dict[str, Any]:
     """What adapters add to a server's settings, for which the plan then counts memory. PlannerError for their ranks."""
-    if not adapters and not runtime_adapters:
+    if not adapters and not runtime_adapters and not settings.get("enable_lora"):
         return {}
     if settings.get("enable_lora") is False:
         raise PlannerError(f"{name} has adapters and says enable_lora: false: take one of both out")
-    largest = max((adapter.rank for adapter in adapters), default=1)
     stated = settings.get("max_lora_rank")
+    if isinstance(stated, int) and stated not in LORA_RANKS:
+        known = ", ".join(map(str, LORA_RANKS))
+        raise PlannerError(f"{name}: vLLM has no kernels for max_lora_rank {stated}: choose one of {known}")
+    largest = max((adapter.rank for adapter in adapters), default=1)
     if isinstance(stated, int) and stated < largest:
         adapter = next(adapter for adapter in adapters if adapter.rank == largest)
         raise PlannerError(
@@ -135,11 +138,18 @@ def lora_settings(
     }
 
 
+def _shape(name: str) -> str:
+    """The catalog's name of a model, whoever stored it and in what format; of others what they are called."""
+    try:
+        return model_entry(name).name
+    except PlannerError:
+        return name
+
+
 def check_adapters(name: str, spec: ModelSpec, adapters: Sequence[Adapter]) -> None:
     """PlannerError for an adapter that was trained on another model than the server's."""
     for adapter in adapters:
-        base = load_model(adapter.base)
-        if base.name != spec.name:
+        if _shape(adapter.base) != _shape(spec.name):
             raise PlannerError(
                 f"{name}: the adapter {adapter.name} was trained on {adapter.base} and the server has {spec.name}:"
                 " serve its base, or take the adapter out"

@@ -30,7 +30,7 @@ ORDER = [
     {"infra"},
     {"planner.preview", "planner.verify", "planner.trace"},
     {"planner.exact", "planner.money"},
-    {"planner.new", "planner.chat"},
+    {"planner.new", "planner.chat", "planner.manifests"},
     {"planner.cli"},
     {"planner.__main__"},
 ]

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from locks import STACKS, planned, served, shipped
 
 from infra.release import logical_name
+from planner.cost.schedule import parse_schedule
 from planner.plan.lock import Lock
 from workloads.pods import GPU, GPU_NAMESPACE, NAMESPACE, SPOT_KEY, Manifest
-from workloads.render import render
+from workloads.render import render, vllm_arguments
 from workloads.server import cron
 from workloads.training import TRAINER
 
@@ -306,3 +310,312 @@ def test_the_agents_of_gpu_machines_run_on_spot_machines_too() -> None:
     for agent in agents:
         keys = [toleration["key"] for toleration in agent["spec"]["template"]["spec"]["tolerations"]]
         assert keys == ["sku", SPOT_KEY]
+
+
+# --- what can be chosen of a server
+
+
+def server_of(made: list[Manifest]) -> dict[str, Any]:
+    """The pod of the only server."""
+    spec: dict[str, Any] = found(made, "Deployment")["spec"]["template"]["spec"]
+    return spec
+
+
+def served_with(**fields: Any) -> list[Manifest]:
+    return objects(planned(served(workload=fields))[1])
+
+
+ADAPTERS = [
+    {"name": "sql", "rank": 32, "base": "Qwen/Qwen3-8B", "folder": "finetune-0123abcd-0"},
+    {"name": "tone", "rank": 8, "base": "qwen/qwen3-8b", "hub_id": "someone/tone-lora"},
+]
+
+
+def test_adapters_are_loaded_at_the_start_and_their_slots_are_counted() -> None:
+    made = served_with(adapters=ADAPTERS)
+    args = server_of(made)["containers"][0]["args"]
+    start = args.index("--lora-modules")
+    assert args[start + 1 : start + 3] == ["sql=/adapters/finetune-0123abcd-0", "tone=someone/tone-lora"]
+    assert {"--enable-lora", "--max-loras=2", "--max-lora-rank=32"} <= set(args)
+    mounts = {mount["name"]: mount for mount in server_of(made)["containers"][0]["volumeMounts"]}
+    assert mounts["adapters"] == {"name": "adapters", "mountPath": "/adapters", "readOnly": True}
+    _, plain = planned(served())
+    _, lock = planned(served(workload={"adapters": ADAPTERS}))
+    assert lock.workloads[0].needed_bytes > plain.workloads[0].needed_bytes
+
+
+def test_adapters_can_be_loaded_while_a_server_runs() -> None:
+    container = server_of(served_with(runtime_adapters=True))["containers"][0]
+    assert {"name": "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "value": "1"} in container["env"]
+    assert {"--enable-lora", "--max-loras=1", "--max-lora-rank=16"} <= set(container["args"])
+    assert "/adapters" in [mount["mountPath"] for mount in container["volumeMounts"]]
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in str(served_with(adapters=ADAPTERS))
+
+
+def test_weights_of_the_storage_account_are_mounted_and_never_looked_for_at_the_hub() -> None:
+    made = served_with(weights="blob")
+    container = server_of(made)["containers"][0]
+    assert container["args"][0] == "/models/Qwen/Qwen3-8B-AWQ"
+    assert {"name": "HF_HUB_OFFLINE", "value": "1"} in container["env"]
+    volume = found(made, "PersistentVolume", "serve-models")["spec"]
+    assert volume["csi"]["volumeAttributes"]["containerName"] == "models"
+    assert volume["accessModes"] == ["ReadOnlyMany"]
+
+
+def test_tools_can_be_left_out_and_named() -> None:
+    assert "--tool-call-parser=hermes" in server_of(served_with())["containers"][0]["args"]  # a Qwen3
+    assert "tool" not in str(server_of(served_with(tool_call_parser="none"))["containers"][0]["args"])
+    assert "--tool-call-parser=xlam" in server_of(served_with(tool_call_parser="xlam"))["containers"][0]["args"]
+
+
+def test_a_server_for_the_network_gets_an_internal_address_and_its_callers_are_let_in() -> None:
+    made = served_with(expose="internal")
+    service = found(made, "Service")
+    assert service["spec"]["type"] == "LoadBalancer"
+    assert service["metadata"]["annotations"]["service.beta.kubernetes.io/azure-load-balancer-internal"] == "true"
+    callers = found(made, "NetworkPolicy", "serve")["spec"]["ingress"][0]["from"]
+    assert {"ipBlock": {"cidr": "10.0.0.0/8"}} in callers
+    assert found(served_with(), "Service")["spec"]["type"] == "ClusterIP"
+
+
+def test_a_gateway_is_told_of_the_server_and_let_in() -> None:
+    made = served_with(expose="gateway", gateway={"name": "front", "namespace": "gateways", "hostnames": ["llm.x.org"]})
+    route = found(made, "HTTPRoute")["spec"]
+    assert route["parentRefs"] == [{"name": "front", "namespace": "gateways"}]
+    assert route["hostnames"] == ["llm.x.org"]
+    assert route["rules"][0]["backendRefs"] == [{"name": "serve", "port": 80}]
+    callers = found(made, "NetworkPolicy", "serve")["spec"]["ingress"][0]["from"]
+    assert {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "gateways"}}} in callers
+
+
+def test_a_server_that_can_sleep_is_told_so() -> None:
+    container = server_of(served_with(sleep_level=1))["containers"][0]
+    assert "--enable-sleep-mode" in container["args"]
+    assert {"name": "VLLM_SERVER_DEV_MODE", "value": "1"} in container["env"]
+    assert "DEV_MODE" not in str(served_with())
+
+
+def test_a_machine_s_metadata_is_out_of_reach() -> None:
+    policy = found(objects(shipped("dev-32k")[1]), "NetworkPolicy", "names-and-tls")["spec"]["egress"]
+    assert policy[1]["to"][0]["ipBlock"]["except"] == ["169.254.0.0/16", "168.63.129.16/32"]
+    nothing = found(objects(shipped("dev-32k")[1]), "NetworkPolicy", "nothing")["spec"]
+    assert nothing == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+
+
+def test_readiness_asks_for_one_real_answer_by_the_name_that_clients_use() -> None:
+    probe = server_of(served_with())["containers"][0]["readinessProbe"]["exec"]["command"]
+    assert probe[:2] == ["python3", "-c"]
+    assert probe[3:] == ["8000", "qwen3-8b"]
+    compile(probe[2], "ready.py", "exec")
+
+
+@pytest.mark.parametrize(
+    ("replicas", "most", "expected"),
+    [
+        (1, 1, {"type": "Recreate"}),
+        (2, 2, {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}),
+        (1, 2, {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}),
+        (2, 3, {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}),
+    ],
+)
+def test_a_new_version_never_waits_for_gpus_that_the_old_one_holds(
+    replicas: int, most: int, expected: dict[str, Any]
+) -> None:
+    _, lock = planned(served(workload={"replicas": replicas}))
+    pools = tuple(pool.model_copy(update={"max_nodes": most, "gpus_per_node": 1}) for pool in lock.pools)
+    changed = lock.model_copy(update={"pools": pools})
+    assert found(objects(changed), "Deployment")["spec"]["strategy"] == expected
+
+
+# --- for every plan
+
+TEMPLATES = sorted((Path(render.__code__.co_filename).parent / "templates").glob("*.j2"))
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.name)
+def test_every_value_is_written_as_json(template: Path) -> None:
+    for value in re.findall(r"\{\{(.*?)\}\}", template.read_text(encoding="utf-8")):
+        assert value.rstrip().endswith("| tojson"), value
+
+
+def memory_bytes(text: str) -> int:
+    assert text.endswith("Gi")
+    return int(text.removesuffix("Gi")) << 30
+
+
+def allocatable_bytes(ram_gib: int) -> int:
+    """Memory that AKS leaves to pods of a machine with at most 50 of them, 3 % of it the kernel's own.
+
+    Reserved: the lesser of 20 MB a pod and 50 MB more, and a quarter; 100 MiB until it evicts.
+    Source: MicrosoftDocs/azure-aks-docs, node-resource-reservations.md.
+    """
+    ram = ram_gib * (1 << 30) * 97 // 100
+    return ram - min(50 * 20_000_000 + 50_000_000, ram // 4) - (100 << 20)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Lock:
+    """A plan with one server and machines of any shape that a server could be planned on."""
+    _, lock = shipped(draw(st.sampled_from(["prod-standard", "prod-budget", "prod-enterprise"])))
+    on_node, gpus = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2), (8, 4), (8, 8)]))
+    replicas = draw(st.integers(1, 4))
+    shape = {
+        "gpus_per_node": on_node,
+        "vcpus_per_node": on_node * draw(st.sampled_from([4, 6, 8, 24, 40])),
+        "ram_gib_per_node": on_node * draw(st.sampled_from([28, 55, 110, 220, 320])),
+        "max_nodes": -(-replicas * gpus // on_node) + draw(st.integers(0, 1)),
+        "priority": draw(st.sampled_from(["spot", "on-demand", "reserved-1y"])),
+    }
+    server = lock.workloads[0]
+    assert server.serving is not None
+    serving = server.serving.model_copy(
+        update={
+            "stored_bytes": draw(st.integers(10**8, 10**12)),
+            "weights": draw(st.sampled_from(["hub", "blob"])),
+            "answer_tokens": draw(st.integers(1, 10**5)),
+            "expose": draw(st.sampled_from(["cluster", "internal"])),
+            "runtime_adapters": draw(st.booleans()),
+        }
+    )
+    schedule = draw(st.sampled_from(["always", "60h", "mon-fri 08:00-18:00"]))
+    arguments = [one for one in server.arguments if not one.startswith("--tensor-parallel-size")]
+    changed = server.model_copy(
+        update={
+            "gpus": gpus,
+            "replicas": replicas,
+            "schedule": schedule,
+            "windows": parse_schedule(schedule).windows,
+            "serving": serving,
+            "arguments": (*arguments, *([f"--tensor-parallel-size={gpus}"] if gpus > 1 else [])),
+        }
+    )
+    pools = tuple(
+        pool.model_copy(update=shape | ({"priority": "on-demand"} if pool.fallback else {})) for pool in lock.pools
+    )
+    return lock.model_copy(update={"pools": pools, "workloads": (changed,)})
+
+
+quickly = settings(deadline=None, max_examples=30)
+
+
+def tolerated(pod: dict[str, Any], taint: dict[str, str]) -> bool:
+    return any(
+        all(one.get(key) == taint[key] for key in ("key", "value", "effect")) and one["operator"] == "Equal"
+        for one in pod["tolerations"]
+    )
+
+
+@quickly
+@given(plans())
+def test_whatever_is_planned_can_run_where_it_is_meant_to(lock: Lock) -> None:
+    made = objects(lock)
+    workload, pod = lock.workloads[0], server_of(made)
+    for pool in lock.pools:
+        taints = [{"key": "sku", "value": "gpu", "effect": "NoSchedule"}]
+        if pool.priority == "spot":
+            taints.append({"key": SPOT_KEY, "value": "spot", "effect": "NoSchedule"})
+        assert all(tolerated(pod, taint) for taint in taints)
+    pool = lock.pools[0]
+    resources = pod["containers"][0]["resources"]
+    on_a_node = pool.gpus_per_node // workload.gpus
+    assert memory_bytes(resources["requests"]["memory"]) * on_a_node <= allocatable_bytes(pool.ram_gib_per_node)
+    assert int(resources["requests"]["cpu"].removesuffix("m")) * on_a_node < (pool.vcpus_per_node - 1) * 1000
+    args = pod["containers"][0]["args"]
+    parallel = next((int(a.partition("=")[2]) for a in args if a.startswith("--tensor-parallel-size=")), 1)
+    assert resources["limits"][GPU] == resources["requests"][GPU] == str(parallel)
+    shm = next(volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm")
+    assert memory_bytes(shm["sizeLimit"]) < memory_bytes(resources["limits"]["memory"])
+
+
+@quickly
+@given(plans())
+def test_whatever_is_planned_has_time_to_start_and_to_stop(lock: Lock) -> None:
+    deployment = found(objects(lock), "Deployment")["spec"]
+    pod, serving = deployment["template"]["spec"], lock.workloads[0].serving
+    assert serving is not None
+    probe = pod["containers"][0]["startupProbe"]
+    budget = probe["periodSeconds"] * probe["failureThreshold"]
+    assert budget >= serving.stored_bytes / serving.read_bytes_per_second
+    assert deployment["progressDeadlineSeconds"] > budget
+    (drain,) = [int(a.partition("=")[2]) for a in pod["containers"][0]["args"] if a.startswith("--shutdown-timeout=")]
+    pre_stop = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] > pre_stop + drain
+
+
+@quickly
+@given(plans())
+def test_whatever_is_planned_leaves_to_others_what_is_theirs(lock: Lock) -> None:
+    made = objects(lock)
+    deployment = found(made, "Deployment")["spec"]
+    scaled = [m for m in made if m["kind"] == "ScaledObject"]
+    assert bool(scaled) == ("replicas" not in deployment)  # an autoscaler's field is written by nobody else
+    text = json.dumps(made)
+    assert ":latest" not in text
+    assert not [m for m in made if m["kind"] == "Secret"]
+    for variable in deployment["template"]["spec"]["containers"][0]["env"]:
+        if re.search("KEY|TOKEN|SECRET|PASSWORD", variable["name"]):
+            assert "value" not in variable
+    budgets = [m for m in made if m["kind"] == "PodDisruptionBudget"]
+    assert bool(budgets) == (lock.workloads[0].replicas > 1)
+
+
+@quickly
+@given(plans())
+def test_whatever_is_planned_is_parsed_back_as_it_was_meant(lock: Lock) -> None:
+    made = objects(lock)
+    pod, workload = server_of(made), lock.workloads[0]
+    assert pod["containers"][0]["args"] == vllm_arguments(workload)
+    assert all(isinstance(word, str) for word in pod["containers"][0]["args"])
+
+
+def native(manifest: Manifest) -> bool:
+    """Whether Kubernetes itself defines the kind."""
+    group = manifest["apiVersion"].rpartition("/")[0]
+    return "." not in group or (group.endswith(".k8s.io") and group.split(".")[0] in ("networking", "rbac", "storage"))
+
+
+def valid(made: list[Manifest]) -> int:
+    """How many objects were held against the schemas of the plan's Kubernetes, unknown fields refused."""
+    checked = [one for one in made if native(one)]
+    for one in checked:
+        kubernetes_validate.validate(one, shipped("dev-32k")[1].platform.kubernetes_version, strict=True)
+    return len(checked)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_object_of_a_shipped_stack_is_one_that_kubernetes_knows(stack: str) -> None:
+    made = objects(shipped(stack)[1])
+    others = {one["kind"] for one in made if not native(one)}
+    assert others <= {"PodMonitor", "SecretProviderClass", "ScaledObject"}
+    assert valid(made) + sum(not native(one) for one in made) == len(made)
+
+
+def test_objects_of_every_choice_are_such_that_kubernetes_knows_them() -> None:
+    for fields in (
+        {"weights": "blob", "adapters": ADAPTERS, "runtime_adapters": True},
+        {"expose": "internal", "replicas": 3, "schedule": "mon-fri 08:00-18:00"},
+        {"expose": "gateway", "gateway": {"name": "front", "namespace": "gateways"}, "sleep_level": 2},
+    ):
+        assert valid(served_with(**fields)) > 10
+
+
+def test_an_unknown_field_would_be_seen() -> None:
+    made = [one for one in objects(shipped("dev-32k")[1]) if one["kind"] == "Service"]
+    made[0]["spec"]["typ"] = "ClusterIP"
+    with pytest.raises(kubernetes_validate.ValidationError):
+        valid(made)
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_what_cannot_be_edited_has_digits_of_itself_in_its_name(stack: str) -> None:
+    for one in objects(shipped(stack)[1]):
+        if one["kind"] in ("Job", "PersistentVolume", "PersistentVolumeClaim"):
+            assert re.search(r"-[0-9a-f]{6,8}$", one["metadata"]["name"])
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_object_says_what_it_belongs_to(stack: str) -> None:
+    for one in objects(shipped(stack)[1]):
+        assert one["metadata"]["labels"]["app.kubernetes.io/part-of"] == "tonnage"
+        if one["metadata"]["name"].split("-")[0] in ("serve", "finetune"):
+            assert one["metadata"]["labels"]["app.kubernetes.io/instance"] in ("serve", "finetune")

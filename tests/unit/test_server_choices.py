@@ -1,0 +1,107 @@
+"""What cannot be served is refused in a sentence when it is planned, before anything is deployed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from locks import planned, served
+
+from planner.errors import PlannerError
+
+ADAPTER = {"name": "sql", "rank": 32, "base": "Qwen/Qwen3-8B", "folder": "sql"}
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "a model that nobody knows": (
+        {"model": "qwen3-8bb"},
+        "'qwen3-8bb' is not in the model catalog: the nearest are qwen3-8b, qwen3-4b, qwen3-32b",
+    ),
+    "a rank above the largest": (
+        {"workload": {"adapters": [ADAPTER], "settings": {"quantization": "awq", "max_lora_rank": 16}}},
+        "serve: the adapter sql has rank 32, above max_lora_rank 16: raise max_lora_rank",
+    ),
+    "a rank that vLLM has no kernels for": (
+        {"workload": {"settings": {"quantization": "awq", "enable_lora": True, "max_lora_rank": 17}}},
+        "serve: vLLM has no kernels for max_lora_rank 17: choose one of 1, 8, 16, 32, 64, 128, 256, 320, 512",
+    ),
+    "an adapter of another base": (
+        {"workload": {"adapters": [ADAPTER | {"base": "Qwen/Qwen3-4B"}]}},
+        "serve: the adapter sql was trained on Qwen/Qwen3-4B and the server has qwen3-8b: serve its base, or take the"
+        " adapter out",
+    ),
+    "adapters and no LoRA": (
+        {"workload": {"adapters": [ADAPTER], "settings": {"quantization": "awq", "enable_lora": False}}},
+        "serve has adapters and says enable_lora: false: take one of both out",
+    ),
+    "two adapters of one name": (
+        {"workload": {"adapters": [ADAPTER, ADAPTER]}},
+        "workloads.0 cannot be planned: two adapters have the same name: give each its own",
+    ),
+    "an adapter that lies in two places": (
+        {"workload": {"adapters": [ADAPTER | {"hub_id": "someone/sql"}]}},
+        "the adapter sql lies in a folder or on the hub: write folder or hub_id",
+    ),
+    "an adapter's folder that leaves its container": (
+        {"workload": {"adapters": [ADAPTER | {"folder": "../models"}]}},
+        "workloads.0.adapters.0.folder cannot be planned",
+    ),
+    "a context beyond the model": (
+        {"workload": {"context": 200_000}},
+        "serve: 200,000 tokens are beyond qwen3-8b's context of 40,960",
+    ),
+    "a quantisation that the card cannot run": (
+        {"workload": {"settings": {"kv_cache_dtype": "fp8"}, "checkpoint": None}, "skus": ["NC4as_T4_v3"]},
+        "NVIDIA T4 has no FP8: leave --kv-cache-dtype at auto, or take an Ada, Hopper or newer card",
+    ),
+    "a quantisation that the model has no use for": (
+        {"workload": {"settings": {"quantization": "mxfp4"}}},
+        "MXFP4 packs routed experts and qwen3-8b has none: choose w4a16, awq or gptq",
+    ),
+    "a gateway that is not named": (
+        {"workload": {"expose": "gateway"}},
+        "expose: gateway goes with a gateway, its name and its namespace: write both or neither",
+    ),
+    "weights that no disk holds": (
+        {"model": "qwen2.5-72b", "workload": {"settings": {}, "checkpoint": None}, "approved_usd_per_month": 90000},
+        "serve: 135.4 GiB of weights do not fit on a machine's disk of 128 GiB: put them into the storage account and"
+        " set weights: blob",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_refused_with_what_to_do(case: str) -> None:
+    wanted, sentence = CASES[case]
+    with pytest.raises(PlannerError) as refused:
+        planned(served(**wanted))
+    assert sentence in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_adapter_fits_a_base_whatever_format_that_is_stored_in() -> None:
+    _, lock = planned(served(workload={"adapters": [ADAPTER | {"base": "Qwen/Qwen3-8B-AWQ"}]}))
+    assert lock.workloads[0].serving is not None
+    assert [adapter.name for adapter in lock.workloads[0].serving.adapters] == ["sql"]
+
+
+def test_the_rank_of_the_slots_is_the_next_that_vllm_has_kernels_for() -> None:
+    _, lock = planned(served(workload={"adapters": [ADAPTER | {"rank": 24}]}))
+    assert "--max-lora-rank=32" in lock.workloads[0].arguments
+
+
+def test_weights_that_no_disk_holds_are_read_from_the_storage_account() -> None:
+    wanted = {"settings": {}, "checkpoint": None, "weights": "blob"}
+    _, lock = planned(served(model="qwen2.5-72b", workload=wanted, approved_usd_per_month=90000))
+    serving = lock.workloads[0].serving
+    assert serving is not None
+    assert serving.stored_bytes > 128 << 30
+    assert serving.cache_bytes == 8 << 30
+    assert serving.read_bytes_per_second == 120_000_000  # assumptions.json, the low figure
+
+
+def test_a_step_takes_at_most_the_time_to_read_the_whole_gpu() -> None:
+    _, lock = planned(served(skus=["NC4as_T4_v3"]))
+    serving = lock.workloads[0].serving
+    assert serving is not None
+    # 15,633,680,957 bytes (T4) / (320 GB/s x 0.5) = 0.0978 s, rounded up
+    assert str(serving.token_seconds) == "0.098"
+    assert lock.workloads[0].usable_bytes / (320e9 * 0.5) <= float(serving.token_seconds)
