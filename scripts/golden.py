@@ -47,7 +47,7 @@ PLAN = ("--model", "qwen3-8b", "--ctx", "8k", "--serve-hours", "mon-fri 08:00-18
 COMPARE = ("--tokens-per-month", "5e9", "--api", "10", "-q", "awq", "--no-spot")
 SPEEDS = ("--tokens-per-second", "NC4as_T4_v3=300", "--tokens-per-second", "NC24ads_A100_v4=2500")
 TODAY = "1795305600"  # 2026-11-22, by which prices have an age and a budget a date
-SHIPPED = ("dev-2k", "dev-32k", "prod-budget", "prod-standard", "prod-enterprise")
+SHIPPED = ("dev-cpu", "dev-2k", "dev-32k", "prod-budget", "prod-standard", "prod-enterprise")
 CASES: tuple[Case, ...] = (
     Case("size-qwen3-8b", SIZE),
     Case(

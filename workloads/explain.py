@@ -38,7 +38,7 @@ def explain(lock: Lock, workload: LockedWorkload, secrets: Collection[str] = ALL
 
 
 def _image(lock: Lock, workload: LockedWorkload) -> str:
-    return lock.platform.images["vllm"] if workload.task == "serve" else "${TRAIN_IMAGE}"
+    return server.image(lock, workload) if workload.task == "serve" else "${TRAIN_IMAGE}"
 
 
 def _times(workload: LockedWorkload) -> list[Explained]:
@@ -80,9 +80,9 @@ def _server(lock: Lock, workload: LockedWorkload) -> list[Explained]:
     rolling = plan.get("rollingUpdate")
     told = "Recreate" if rolling is None else f"RollingUpdate, surge {rolling['maxSurge']}"
     reason = {
-        "Recreate": "its pool has no GPU to spare: a second pod would wait for ever",
-        "RollingUpdate, surge 0": "its pool has no GPU to spare, and the others answer meanwhile",
-        "RollingUpdate, surge 1": "its pool has GPUs to spare",
+        "Recreate": "its pool has no room to spare: a second pod would wait for ever",
+        "RollingUpdate, surge 0": "its pool has no room to spare, and the others answer meanwhile",
+        "RollingUpdate, surge 1": "its pool has room to spare",
     }[told]
     found = [Explained("rollout", told, reason)]
     if workload.windows:
@@ -119,7 +119,7 @@ def _common(lock: Lock, workload: LockedWorkload, secrets: Collection[str]) -> l
     shares = lock.platform.shares
     found = [
         Explained("place", pools, "the plan's pools of this workload: selected by name, their taints tolerated"),
-        Explained("resources", f"{GPU}: {asked['limits'][GPU]}", "GPUs of a pod, by the plan"),
+        Explained("resources", f"{GPU}: {asked['limits'].get(GPU, '0')}", "GPUs of a pod, by the plan"),
         Explained(
             "resources",
             f"cpu {asked['requests']['cpu']}, memory {asked['requests']['memory']} to {asked['limits']['memory']}",

@@ -29,9 +29,9 @@ def pools_of(lock: Lock, workload: LockedWorkload) -> list[LockedPool]:
     return [pool for pool in lock.pools if workload.name in pool.workloads]
 
 
-def tolerations(*, spot: bool) -> list[Manifest]:
-    """Of the GPU pools' taint, and of the one that AKS puts on spot machines."""
-    found = [{"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"}]
+def tolerations(*, spot: bool, device: str = "gpu") -> list[Manifest]:
+    """Of the taint of pools with GPUs (or without), and of the one that AKS puts on spot machines."""
+    found = [{"key": "sku", "operator": "Equal", "value": device, "effect": "NoSchedule"}]
     if spot:
         found.append({"key": SPOT_KEY, "operator": "Equal", "value": "spot", "effect": "NoSchedule"})
     return found
@@ -61,30 +61,29 @@ def place(lock: Lock, workload: LockedWorkload) -> Manifest:
         "pool_key": POOL_KEY,
         "pools": [pool.name for pool in pools],
         "preferred": spot if spot and len(pools) > len(spot) else [],
-        "tolerations": tolerations(spot=bool(spot)),
+        "tolerations": tolerations(spot=bool(spot), device="gpu" if workload.gpus else "cpu"),
     }
 
 
 def resources(lock: Lock, workload: LockedWorkload, disk_bytes: int) -> Manifest:
-    """The share of a machine that goes with its share of the GPUs; disk_bytes: of its system disk."""
+    """The share of a machine that goes with its share of the GPUs, all of one without; disk_bytes: of its disk."""
     pool, shares = pools_of(lock, workload)[0], lock.platform.shares
     gpus = gpus_of_pod(workload)
-    part = gpus / pool.gpus_per_node
+    part = gpus / pool.gpus_per_node if gpus else 1.0
     memory = pool.ram_gib_per_node * part
     vcpus = min(pool.vcpus_per_node * shares["cpu"], pool.vcpus_per_node - shares["kept_vcpus"]) * part
     disk = f"{-(-disk_bytes // (1 << 30))}Gi"
+    devices = {GPU: str(gpus)} if gpus else {}
+    # without a GPU the model itself lies in the machine's memory: then what may be taken is asked for
+    asked = shares["memory_request"] if gpus else shares["memory_limit"]
     return {
         "requests": {
             "cpu": f"{int(vcpus * 1000)}m",
-            "memory": f"{int(memory * shares['memory_request'])}Gi",
+            "memory": f"{int(memory * asked)}Gi",
             "ephemeral-storage": disk,
-            GPU: str(gpus),
+            **devices,
         },
-        "limits": {
-            "memory": f"{int(memory * shares['memory_limit'])}Gi",
-            "ephemeral-storage": disk,
-            GPU: str(gpus),
-        },
+        "limits": {"memory": f"{int(memory * shares['memory_limit'])}Gi", "ephemeral-storage": disk, **devices},
     }
 
 
@@ -120,7 +119,7 @@ def volumes(workload: LockedWorkload, cache_bytes: int, shares: Sequence[Manifes
         {"name": "cache", "emptyDir": {"sizeLimit": f"{-(-cache_bytes // (1 << 30))}Gi"}},
         {
             "name": "shm",
-            "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi" if gpus_of_pod(workload) == 1 else "8Gi"},
+            "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi" if gpus_of_pod(workload) > 1 else "1Gi"},
         },
         {
             "name": "secrets",

@@ -52,9 +52,9 @@ def render(lock: Lock, secrets: Collection[str] = ALL_SECRETS) -> list[Manifest]
     secrets: those that the vault has; the others are neither mounted nor named
     """
     found = [
-        *_made("namespaces", namespaces=_namespaces()),
+        *_made("namespaces", namespaces=_namespaces(lock)),
         *_made("scaling", priorities=_priorities(lock)),
-        *_made("gpu", **_gpu_agents(lock)),
+        *(_made("gpu", **_gpu_agents(lock)) if _has_gpus(lock) else []),
         *_made("boundaries", namespace=NAMESPACE, gpus=str(sum(p.max_nodes * p.gpus_per_node for p in lock.pools))),
     ]
     for workload in lock.workloads:
@@ -92,12 +92,17 @@ def _labelled(manifest: Manifest, labels: Mapping[str, str]) -> Manifest:
     return manifest | {"metadata": metadata | {"labels": {**metadata.get("labels", {}), **labels}}}
 
 
-def _namespaces() -> list[Manifest]:
-    """Workloads are held to the restricted standard; what reaches into the machines lives apart."""
+def _namespaces(lock: Lock) -> list[Manifest]:
+    """Workloads are held to the restricted standard; what reaches into GPU machines lives apart."""
+    levels = {NAMESPACE: "restricted"} | ({GPU_NAMESPACE: "privileged"} if _has_gpus(lock) else {})
     return [
         {"name": name, "labels": {f"pod-security.kubernetes.io/{mode}": level for mode in ("enforce", "audit", "warn")}}
-        for name, level in ((NAMESPACE, "restricted"), (GPU_NAMESPACE, "privileged"))
+        for name, level in levels.items()
     ]
+
+
+def _has_gpus(lock: Lock) -> bool:
+    return any(pool.gpus_per_node for pool in lock.pools)
 
 
 def _priorities(lock: Lock) -> str:

@@ -62,6 +62,11 @@ def values(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], se
     }
 
 
+def image(lock: Lock, workload: LockedWorkload) -> str:
+    """vLLM for NVIDIA's GPUs, or for CPUs."""
+    return lock.platform.images["vllm" if serving_of(workload).device == "gpu" else "vllm_cpu"]
+
+
 def shares(workload: LockedWorkload) -> dict[str, bool]:
     """Containers of the storage account that a server mounts, none of which it writes to."""
     serving = serving_of(workload)
@@ -86,9 +91,10 @@ def strategy(lock: Lock, workload: LockedWorkload) -> Manifest:
     A single server on a full pool is stopped before the next starts, which would wait for its GPU for ever.
     """
     pool = pools_of(lock, workload)[0]
-    gpus = gpus_of_pod(workload)
-    places = pool.max_nodes * (pool.gpus_per_node // gpus)
-    others = sum(w.gpus * w.replicas for w in lock.workloads if w.name in pool.workloads and w.name != workload.name)
+    gpus = gpus_of_pod(workload) or 1
+    places = pool.max_nodes * ((pool.gpus_per_node or 1) // gpus)
+    beside = [one for one in lock.workloads if one.name in pool.workloads and one.name != workload.name]
+    others = sum((one.gpus or 1) * one.replicas for one in beside)
     if places - -(-others // gpus) > workload.replicas:
         return {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
     if workload.replicas == 1:
@@ -134,7 +140,7 @@ def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secr
         "grace_seconds": timing.grace_seconds,
         "restart": None,
         "container": "vllm",
-        "image": lock.platform.images["vllm"],
+        "image": image(lock, workload),
         "command": ["vllm", "serve"],
         "args": vllm_arguments(workload) + (_group(serving.machines, "0") if serving.machines > 1 else []),
         "env": env,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.policy.nouns import UNKNOWN, Context, Recorded, at, listed, of_kind, says
-from infra.policy.pools import GPU_TAINT, POOL, SYSTEM_TAINT, pool_name
+from infra.policy.pools import CPU_TAINT, GPU_TAINT, POOL, SYSTEM_TAINT, pool_name
 from planner.plan.lock import LockedPool
 
 GPU = "nvidia.com/gpu"
@@ -140,7 +140,7 @@ def nodes(resources: Sequence[Recorded], context: Context) -> list[Nodes]:
         spot = pool.priority == "spot"
         labels = {
             "kubernetes.azure.com/mode": "user",
-            "kubernetes.azure.com/accelerator": "nvidia",
+            **({"kubernetes.azure.com/accelerator": "nvidia"} if pool.gpus_per_node else {}),
             "kubernetes.azure.com/scalesetpriority": "spot" if spot else "regular",
             "kubernetes.io/os": "linux",
             "kubernetes.io/arch": "amd64",
@@ -150,7 +150,9 @@ def nodes(resources: Sequence[Recorded], context: Context) -> list[Nodes]:
         }
         if not spot:  # AKS labels spot machines alone
             del labels["kubernetes.azure.com/scalesetpriority"]
-        taints = [t for t in listed(at(inputs, "nodeTaints")) if t != UNKNOWN] or [GPU_TAINT]
+        taints = [t for t in listed(at(inputs, "nodeTaints")) if t != UNKNOWN] or [
+            GPU_TAINT if pool.gpus_per_node else CPU_TAINT
+        ]
         found.append(Nodes(pool.name, labels, (*taints, *((SPOT_TAINT,) if spot else ())), pool.gpus_per_node, pool))
     return found
 

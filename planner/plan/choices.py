@@ -16,8 +16,10 @@ from planner.cost.schedule import MONTH_HOURS, Schedule
 from planner.cost.spot import Overhead, SpotRisk, serving_overhead, training_overhead
 from planner.errors import DoesNotFit, PlannerError
 from planner.fit import Fit, Misfit, Settings, candidates, default_headroom, fit_size, gpu_options, gpus_of
+from planner.memory.serving import ServingSettings
 from planner.memory.training import FinetuneSettings, TrainingMemory
 from planner.model import ModelSpec
+from planner.plan.cpu import cpu_outcomes
 from planner.plan.intent import (
     FinetuneWorkload,
     Intent,
@@ -59,6 +61,7 @@ class Job:
         kept = self.schedule.starts_per_month * assumption("scale_down_hours").expected
         self.idle_hours: Decimal = max(min(kept, MONTH_HOURS - self.hours), Decimal(0))
         self.headroom = default_headroom(workload.kind) if intent.headroom is None else intent.headroom
+        self.on_cpu = isinstance(workload, ServeWorkload) and workload.device == "cpu"
         if intent.gpu_instance_profile and gpus_of(self.settings) > 1:
             raise PlannerError(
                 f"{workload.name} asks for {gpus_of(self.settings)} GPUs, and MIG devices cannot be joined: leave out"
@@ -68,6 +71,8 @@ class Job:
     @cached_property
     def outcomes(self) -> tuple[tuple[VmSku, Fit | Misfit | str], ...]:
         """Every size a plan may choose, smallest first, with how the workload fares there (or why it cannot be)."""
+        if isinstance(self.settings, ServingSettings) and self.on_cpu:
+            return cpu_outcomes(self.spec, self.settings, self.intent.skus, self.headroom)
         found: list[tuple[VmSku, Fit | Misfit | str]] = []
         gpus, profile = stated_gpus(self.workload), self.intent.gpu_instance_profile
         for size in candidates(retired=bool(self.intent.skus)):

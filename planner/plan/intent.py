@@ -15,7 +15,7 @@ from uuid import UUID
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from planner.catalog import load_model
-from planner.catalog.hardware import quota_families, sku
+from planner.catalog.hardware import is_cpu_size, quota_families, sku
 from planner.catalog.mig import Profile
 from planner.catalog.prices import Priority
 from planner.cost.cluster import Cluster, Developers, Posture, Storage
@@ -25,7 +25,7 @@ from planner.fit import Settings
 from planner.memory.serving import ServingSettings
 from planner.memory.training import FinetuneSettings
 from planner.model import Frozen, ModelSpec
-from planner.plan.serving import Adapter, Expose, Gateway, Weights, check_server, lora_settings
+from planner.plan.serving import Adapter, Device, Expose, Gateway, Weights, check_server, lora_settings
 from planner.size import rope_factor
 from planner.units import parse_tokens
 
@@ -84,6 +84,7 @@ class ServeWorkload(Frozen):
     schedule: `always`, `80h` a month, or windows; model: in place of the intent's
     settings: any other field of ServingSettings, under vLLM's own name; spot: False keeps it off spot machines
     checkpoint: hub id of the weights as they are served, where settings.quantization asks for others than the model's
+    device: `cpu` serves a small model without a GPU
     weights: read from the `hub` at each start, or from the container models (`blob`), where somebody has put them
     answer_tokens: of the longest answer that a server that stops still finishes (None: the catalog's assumption)
     tool_call_parser: vLLM's name for how the model writes tool calls (None: the catalog's), `none` for no tools
@@ -102,6 +103,7 @@ class ServeWorkload(Frozen):
     schedule: ScheduleText = "always"
     settings: dict[str, Any] = Field(default_factory=dict)
     spot: bool = True
+    device: Device = "gpu"
     weights: Weights = "hub"
     answer_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
     tool_call_parser: str | None = Field(default=None, pattern=r"^[a-z0-9_-]{1,40}$")
@@ -114,6 +116,8 @@ class ServeWorkload(Frozen):
     @model_validator(mode="after")
     def _whole(self) -> ServeWorkload:
         check_server(self.adapters, self.expose, self.gateway)
+        if self.device == "cpu" and self.sleep_level is not None:
+            raise ValueError("vLLM has no sleep mode on a CPU: leave sleep_level out")
         return self
 
 
@@ -236,7 +240,7 @@ class Intent(Frozen):
     @field_validator("skus")
     @classmethod
     def _sizes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(sku(name).name for name in names)
+        return tuple(name if is_cpu_size(name) else sku(name).name for name in names)
 
     @field_validator("prefer_families")
     @classmethod

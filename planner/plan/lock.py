@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from planner.catalog.assumptions import assumption
-from planner.catalog.hardware import gpu_of, sku
+from planner.catalog.hardware import gpu_of, machine
 from planner.catalog.mig import Profile, card_of, cut
 from planner.catalog.platform import Platform, platform
 from planner.cost.cluster import OS_DISK_GIB, Cluster, Posture, Storage
@@ -22,6 +22,7 @@ from planner.memory.serving_parts import QUANTIZED_AT_START, ServingSettings
 from planner.memory.weights import weight_bytes, weight_scheme
 from planner.model import Amount, Frozen
 from planner.plan.choices import limits, needs_disk, other_vcpus
+from planner.plan.cpu import memory_of
 from planner.plan.intent import Intent, ServeWorkload, model_of, settings_of
 from planner.plan.result import TOTAL_QUOTA, Placed, Plan, Pool, PricesUsed
 from planner.plan.serving import Serving, read_rate, token_seconds, tool_parser
@@ -168,7 +169,7 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 
 def _locked_pool(pool: Pool, intent: Intent, max_surge: int) -> LockedPool:
-    size = sku(pool.sku)
+    size = machine(pool.sku)
     managed = needs_disk(size)
     return LockedPool(
         **pool.model_dump() | {"usd_per_month": round_money(pool.usd_per_month)},
@@ -177,10 +178,10 @@ def _locked_pool(pool: Pool, intent: Intent, max_surge: int) -> LockedPool:
         quota_family=size.quota_family,
         os_disk_type="Managed" if managed else "Ephemeral",
         os_disk_gib=OS_DISK_GIB,
-        driver="None" if size.driver == "rocm" else "Install",
-        supports_bf16=gpu_of(size).supports_bf16,
+        driver="None" if size.driver == "rocm" or size.gpu is None else "Install",
+        supports_bf16=size.gpu is None or gpu_of(size).supports_bf16,
         max_surge=max_surge,
-        gpu_instance_profile=intent.gpu_instance_profile,
+        gpu_instance_profile=intent.gpu_instance_profile if size.gpu else None,
     )
 
 
@@ -196,7 +197,7 @@ def _surges(plan: Plan, intent: Intent) -> dict[str, int]:
     total = asked[TOTAL_QUOTA.lower()]
     found = {}
     for pool in plan.pools:
-        size = sku(pool.sku)
+        size = machine(pool.sku)
         family, vcpus = size.quota_family.lower(), size.vcpu or 0
         needed = asked.get(family, 0) + vcpus
         room = limit.family.get(family, -1) >= needed and (limit.total is None or limit.total >= total + vcpus)
@@ -232,8 +233,15 @@ def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) 
     if settings.draft is not None:
         stored += weight_bytes(settings.draft, weight_scheme(settings.draft))
     pool = next(pool for pool in plan.pools if pool.name == placed.pool)
-    size = sku(pool.sku)
-    card = card_of((cut(size, intent.gpu_instance_profile) or size) if intent.gpu_instance_profile else size)
+    size = machine(pool.sku)
+    # a CPU takes its time for each token, and nobody waits an hour for a server to stop
+    usual = assumption("answer_tokens").low if wanted.device == "cpu" else assumption("answer_tokens").expected
+    if wanted.device == "cpu":
+        card = memory_of(size)
+        read = sum(placed.memory.component(name).expected_bytes for name in ("weights", "KV cache"))
+    else:
+        card = card_of((cut(size, intent.gpu_instance_profile) or size) if intent.gpu_instance_profile else size)
+        read = card.usable_bytes
     cache = COMPILED_BYTES + (stored * 11 // 10 if wanted.weights == "hub" else 0)
     room = int(OS_DISK_GIB * platform().shares["disk"]) << 30
     if cache > room:
@@ -243,6 +251,7 @@ def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) 
         )
     parser = wanted.tool_call_parser or tool_parser(spec.name, spec.architecture)
     return Serving(
+        device=wanted.device,
         weights=wanted.weights,
         stored_bytes=stored,
         cache_bytes=cache,
@@ -250,8 +259,8 @@ def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) 
         engine_seconds=int(assumption("engine_start_seconds").high),
         machine_seconds=int(assumption("gpu_machine_seconds").high),
         endpoint_seconds=int(assumption("endpoint_seconds").high),
-        answer_tokens=min(wanted.answer_tokens or int(assumption("answer_tokens").expected), wanted.context),
-        token_seconds=token_seconds(card, settings.pipeline_parallel_size),
+        answer_tokens=min(wanted.answer_tokens or int(usual), wanted.context),
+        token_seconds=token_seconds(card, read, settings.pipeline_parallel_size),
         tool_call_parser=None if parser == "none" else parser,
         adapters=wanted.adapters,
         runtime_adapters=wanted.runtime_adapters,

@@ -20,6 +20,7 @@ NAME = r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$"
 HUB_ID = r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$"
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$")]
 Weights = Literal["hub", "blob"]
+Device = Literal["gpu", "cpu"]
 Expose = Literal["cluster", "internal", "gateway"]
 
 
@@ -48,7 +49,8 @@ class Gateway(Frozen):
 class Serving(Frozen):
     """What a lock keeps of a server, beside its memory and its vLLM arguments.
 
-    machines: of a replica, each with gpus / machines of its GPUs; weights: where they are read from at each start
+    machines: of a replica, each with gpus / machines of its GPUs; device: what it computes on
+    weights: where they are read from at each start
     stored_bytes: of the weights as they are read; cache_bytes: of the machine's disk, for them and for compiled code
     read_bytes_per_second, engine_seconds, machine_seconds, endpoint_seconds: pessimistic, by assumptions.json
     answer_tokens: of the longest answer that is finished when the server must stop; token_seconds: of one, at most
@@ -57,6 +59,7 @@ class Serving(Frozen):
     """
 
     machines: int = 1
+    device: Device = "gpu"
     weights: Weights = "hub"
     stored_bytes: int
     cache_bytes: int
@@ -74,13 +77,13 @@ class Serving(Frozen):
     sleep_level: Literal[1, 2] | None = None
 
 
-def token_seconds(card: Gpu, pipeline_stages: int = 1) -> Decimal:
-    """Seconds of one decoding step at most: no step reads more than all of a GPU's memory, stage after stage.
+def token_seconds(card: Gpu, read_bytes: int, pipeline_stages: int = 1) -> Decimal:
+    """Seconds of one decoding step at most, stage after stage: read_bytes / (bandwidth * bandwidth_share) * stages.
 
-    usable_bytes / (bandwidth * bandwidth_share) * stages
+    read_bytes: that a step can read: all of a GPU's memory, or a server's weights and KV cache in a machine's
     """
     rate = card.bandwidth_bytes_per_s * assumption("bandwidth_share").low
-    return (card.usable_bytes * pipeline_stages / rate).quantize(Decimal("0.001"), ROUND_CEILING)
+    return (read_bytes * pipeline_stages / rate).quantize(Decimal("0.001"), ROUND_CEILING)
 
 
 def read_rate(weights: Weights) -> int:

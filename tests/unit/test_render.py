@@ -95,7 +95,11 @@ def test_a_pod_asks_for_its_gpus_and_less_than_the_machine_has(stack: str) -> No
     for workload, pod in zip(lock.workloads, pods(objects(lock)), strict=True):
         resources = pod["containers"][0]["resources"]
         pool = lock.pool(workload.pool)
-        assert resources["requests"][GPU] == resources["limits"][GPU] == str(workload.gpus)
+        assert (
+            resources["requests"].get(GPU)
+            == resources["limits"].get(GPU)
+            == (str(workload.gpus) if workload.gpus else None)
+        )
         assert int(resources["requests"]["cpu"].removesuffix("m")) < pool.vcpus_per_node * 1000
         assert int(resources["limits"]["memory"].removesuffix("Gi")) < pool.ram_gib_per_node
 
@@ -451,6 +455,27 @@ def allocatable_bytes(ram_gib: int) -> int:
     """
     ram = ram_gib * (1 << 30) * 97 // 100
     return ram - min(50 * 20_000_000 + 50_000_000, ram // 4) - (100 << 20)
+
+
+def test_a_server_without_a_gpu_has_its_own_image_machine_and_memory() -> None:
+    made = objects(shipped("dev-cpu")[1])
+    pod = server_of(made)
+    container = pod["containers"][0]
+    assert container["image"] == "public.ecr.aws/q9t5s3a7/vllm-cpu-release-repo:v0.32.0"
+    assert pod["tolerations"] == [{"key": "sku", "operator": "Equal", "value": "cpu", "effect": "NoSchedule"}]
+    assert selected(pod) == ["cpuod"]
+    # a D4s_v5 has 4 vCPUs and 16 GiB: the model lies in it, so what it may take (80 %) is asked for
+    assert container["resources"]["requests"] | {"ephemeral-storage": ""} == {
+        "cpu": "2500m",
+        "memory": "12Gi",
+        "ephemeral-storage": "",
+    }
+    assert "--kv-cache-memory-bytes=1073741824" in container["args"]
+    assert not [one for one in container["args"] if "gpu" in one or "tensor" in one]
+    kinds = [one["kind"] for one in made]
+    assert "DaemonSet" not in kinds
+    assert found(made, "ScaledObject")["spec"]["minReplicaCount"] == 0  # and its machine goes with it
+    assert [one["metadata"]["name"] for one in made if one["kind"] == "Namespace"] == [NAMESPACE]
 
 
 @st.composite
