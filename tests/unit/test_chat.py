@@ -19,6 +19,7 @@ from locks import shipped
 from infra.names import names
 from planner import chat as chats
 from planner.chat import server as servers
+from workloads.render import render
 
 MODELS, CHAT = "/v1/models", "/v1/chat/completions"
 
@@ -410,6 +411,13 @@ def test_a_key_in_the_environment_spares_the_question_to_pulumi(
 def test_the_context_is_the_cluster_that_the_program_makes_for_the_stack() -> None:
     # `az aks get-credentials --name CLUSTER` names the context after the cluster
     assert names("dev-32k").cluster == "tonnage-dev-32k"
+
+
+def test_the_service_is_the_one_that_is_rendered_for_the_server() -> None:
+    _, lock = shipped("dev-32k")
+    (service,) = (one for one in render(lock) if one["kind"] == "Service")
+    assert (service["metadata"]["namespace"], service["metadata"]["name"]) == (servers.NAMESPACE, "serve")
+    assert [port["port"] for port in service["spec"]["ports"]] == [80]
 
 
 @pytest.mark.parametrize(
