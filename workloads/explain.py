@@ -26,6 +26,10 @@ def explain(lock: Lock, workload: LockedWorkload, secrets: Collection[str] = ALL
     found = [Explained("image", _image(lock, workload), "pinned by platform.json when the plan was made")]
     if workload.task == "serve":
         found += [Explained("argument", " ".join(one.words), one.why) for one in explained_arguments(workload)]
+        machines = serving_of(workload).machines
+        if machines > 1:
+            words = " ".join(server.group(machines, "RANK"))
+            found.append(Explained("argument", words, "how the machines of a replica find each other"))
         found += _times(workload)
         found += _server(lock, workload)
     else:

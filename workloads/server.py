@@ -142,7 +142,7 @@ def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secr
         "container": "vllm",
         "image": image(lock, workload),
         "command": ["vllm", "serve"],
-        "args": vllm_arguments(workload) + (_group(serving.machines, "0") if serving.machines > 1 else []),
+        "args": vllm_arguments(workload) + (group(serving.machines, "0") if serving.machines > 1 else []),
         "env": env,
         "port": PORT,
         "health": {
@@ -157,7 +157,7 @@ def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secr
     }
 
 
-def _group(machines: int, rank: str) -> list[str]:
+def group(machines: int, rank: str) -> list[str]:
     """How the machines of a replica find each other; the variables are LeaderWorkerSet's own."""
     return [
         f"--nnodes={machines}",
@@ -169,7 +169,7 @@ def _group(machines: int, rank: str) -> list[str]:
 
 def _worker(workload: LockedWorkload, pod: Manifest) -> Manifest:
     """A machine that is not the first: it computes and answers nobody."""
-    args = [*vllm_arguments(workload), *_group(serving_of(workload).machines, "$(LWS_WORKER_INDEX)"), "--headless"]
+    args = [*vllm_arguments(workload), *group(serving_of(workload).machines, "$(LWS_WORKER_INDEX)"), "--headless"]
     return pod | {"args": args, "port": None, "health": None}
 
 

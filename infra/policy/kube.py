@@ -83,9 +83,25 @@ def pods(resources: Sequence[Recorded]) -> Iterator[Pods]:
         template: Any = one.inputs if kind == "Pod" else at(one.inputs, "spec.template")
         if kind == "CronJob":
             template = at(one.inputs, "spec.jobTemplate.spec.template")
+        if kind == "LeaderWorkerSet":
+            yield from _of_group(one)
+            continue
         if kind and isinstance(template, Mapping) and listed(at(template, "spec.containers")):
             space = str(at(metadata(one), "namespace") or "default")
             yield Pods(one, kind, space, template, _replicas(one, kind, resources))
+
+
+def _of_group(one: Recorded) -> Iterator[Pods]:
+    """The pods of a LeaderWorkerSet: the first of each group, and the others."""
+    space = str(at(metadata(one), "namespace") or "default")
+    groups, size = at(one.inputs, "spec.replicas"), at(one.inputs, "spec.leaderWorkerTemplate.size")
+    for part, pods_of_group in (("leaderTemplate", 1), ("workerTemplate", None)):
+        template = at(one.inputs, f"spec.leaderWorkerTemplate.{part}")
+        if not isinstance(template, Mapping):
+            continue
+        each = (size - 1 if isinstance(size, int) else None) if pods_of_group is None else pods_of_group
+        count = None if UNKNOWN in (groups, size) or each is None else (1 if groups is None else int(groups)) * each
+        yield Pods(one, "LeaderWorkerSet", space, template, count)
 
 
 def _replicas(one: Recorded, kind: str, resources: Sequence[Recorded]) -> int | None:

@@ -84,6 +84,7 @@ class ServeWorkload(Frozen):
     schedule: `always`, `80h` a month, or windows; model: in place of the intent's
     settings: any other field of ServingSettings, under vLLM's own name; spot: False keeps it off spot machines
     checkpoint: hub id of the weights as they are served, where settings.quantization asks for others than the model's
+    machines: of one replica, for a model that no machine holds: its layers are spread over them
     device: `cpu` serves a small model without a GPU
     weights: read from the `hub` at each start, or from the container models (`blob`), where somebody has put them
     answer_tokens: of the longest answer that a server that stops still finishes (None: the catalog's assumption)
@@ -103,6 +104,7 @@ class ServeWorkload(Frozen):
     schedule: ScheduleText = "always"
     settings: dict[str, Any] = Field(default_factory=dict)
     spot: bool = True
+    machines: int = Field(default=1, ge=1, le=16)
     device: Device = "gpu"
     weights: Weights = "hub"
     answer_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
@@ -116,6 +118,8 @@ class ServeWorkload(Frozen):
     @model_validator(mode="after")
     def _whole(self) -> ServeWorkload:
         check_server(self.adapters, self.expose, self.gateway)
+        if self.machines > 1 and ("pipeline_parallel_size" in self.settings or self.device == "cpu"):
+            raise ValueError("machines are pipeline stages with GPUs: leave out pipeline_parallel_size and device: cpu")
         if self.device == "cpu" and self.sleep_level is not None:
             raise ValueError("vLLM has no sleep mode on a CPU: leave sleep_level out")
         return self

@@ -251,6 +251,7 @@ def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) 
         )
     parser = wanted.tool_call_parser or tool_parser(spec.name, spec.architecture)
     return Serving(
+        machines=wanted.machines,
         device=wanted.device,
         weights=wanted.weights,
         stored_bytes=stored,
@@ -260,7 +261,7 @@ def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) 
         machine_seconds=int(assumption("gpu_machine_seconds").high),
         endpoint_seconds=int(assumption("endpoint_seconds").high),
         answer_tokens=min(wanted.answer_tokens or int(usual), wanted.context),
-        token_seconds=token_seconds(card, read, settings.pipeline_parallel_size),
+        token_seconds=token_seconds(card, read, settings.pipeline_parallel_size * wanted.machines),
         tool_call_parser=None if parser == "none" else parser,
         adapters=wanted.adapters,
         runtime_adapters=wanted.runtime_adapters,

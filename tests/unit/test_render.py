@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from locks import STACKS, planned, served, shipped
 
+from infra.policy import Recorded
+from infra.policy.kube import pods as pods_that_a_rule_sees
 from infra.release import logical_name
 from planner.cost.schedule import parse_schedule
 from planner.plan.lock import Lock
@@ -455,6 +457,46 @@ def allocatable_bytes(ram_gib: int) -> int:
     """
     ram = ram_gib * (1 << 30) * 97 // 100
     return ram - min(50 * 20_000_000 + 50_000_000, ram // 4) - (100 << 20)
+
+
+def over_machines() -> Lock:
+    """A model of 756 GiB in 16 bits: two machines of eight 80 GB cards, and no one machine, hold it."""
+    server = {"kind": "serve", "machines": 2, "context": 8192, "weights": "blob"}
+    wanted = {"workloads": [server], "pricing": {"spot": False}, "regions": ["any"], "approved_usd_per_month": 90_000}
+    return planned({"model": "llama-3.1-405b", **wanted})[1]
+
+
+def test_a_model_that_no_machine_holds_is_served_by_several() -> None:
+    lock = over_machines()
+    assert (lock.workloads[0].gpus, lock.pools[0].max_nodes, lock.pools[0].gpus_per_node) == (16, 2, 8)
+    made = objects(lock)
+    spec = found(made, "LeaderWorkerSet")["spec"]
+    group = spec["leaderWorkerTemplate"]
+    assert (spec["replicas"], group["size"]) == (1, 2)
+    pods = [group[part]["spec"]["containers"][0] for part in ("leaderTemplate", "workerTemplate")]
+    shared = {"--tensor-parallel-size=8", "--pipeline-parallel-size=2", "--nnodes=2"}
+    for pod, rank in zip(pods, ("0", "$(LWS_WORKER_INDEX)"), strict=True):
+        assert shared | {f"--node-rank={rank}", "--master-addr=$(LWS_LEADER_ADDRESS)"} <= set(pod["args"])
+        assert pod["resources"]["limits"][GPU] == "8"
+    assert "--headless" in pods[1]["args"]
+    assert "--headless" not in pods[0]["args"]
+    assert "readinessProbe" in pods[0]
+    assert "readinessProbe" not in pods[1]  # it answers nobody
+    first = {"leaderworkerset.sigs.k8s.io/worker-index": "0"}
+    assert first.items() <= found(made, "Service")["spec"]["selector"].items()
+    among = {
+        "podSelector": {"matchLabels": found(made, "NetworkPolicy", "serve")["spec"]["podSelector"]["matchLabels"]}
+    }
+    policy = found(made, "NetworkPolicy", "serve")["spec"]
+    assert policy["ingress"][1]["from"] == policy["egress"][0]["to"] == [among]  # any port: NCCL chooses its own
+    assert not [one for one in made if one["kind"] == "Deployment"]
+
+
+def test_the_policy_sees_the_pods_of_every_machine() -> None:
+    group = found(objects(over_machines()), "LeaderWorkerSet")
+    kind = "kubernetes:leaderworkerset.x-k8s.io/v1:LeaderWorkerSet"
+    seen = list(pods_that_a_rule_sees([Recorded(kind, "serve", "urn", "", group, ())]))
+    assert [(pod.gpus, pod.replicas, pod.namespace) for pod in seen] == [(8, 1, NAMESPACE), (8, 1, NAMESPACE)]
 
 
 def test_a_server_without_a_gpu_has_its_own_image_machine_and_memory() -> None:

@@ -60,6 +60,14 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"workload": {"expose": "gateway"}},
         "expose: gateway goes with a gateway, its name and its namespace: write both or neither",
     ),
+    "stages beside machines": (
+        {"workload": {"machines": 2, "settings": {"pipeline_parallel_size": 2}}},
+        "machines are pipeline stages with GPUs: leave out pipeline_parallel_size and device: cpu",
+    ),
+    "machines of parts of cards": (
+        {"workload": {"machines": 2}, "gpu_instance_profile": "MIG1g"},
+        "serve asks for 2 GPUs, and MIG devices cannot be joined",
+    ),
     "weights that no disk holds": (
         {"model": "qwen2.5-72b", "workload": {"settings": {}, "checkpoint": None}, "approved_usd_per_month": 90000},
         "serve: 135.4 GiB of weights do not fit on a machine's disk of 128 GiB: put them into the storage account and"
