@@ -66,6 +66,10 @@ def explained_arguments(workload: LockedWorkload) -> list[Argument]:
         *(Argument((flag,), _FROM_MEMORY.get(flag.partition("=")[0], "the plan")) for flag in workload.arguments),
         Argument(("--enable-chunked-prefill",), "long prompts do not keep others waiting: the receipt counts on it"),
     ]
+    if serving.hf_overrides:
+        found.append(
+            Argument((f"--hf-overrides={serving.hf_overrides}",), "the intent's, over the model's config.json")
+        )
     if serving.tool_call_parser:
         found += [
             Argument(("--enable-auto-tool-choice",), "the model may call tools"),

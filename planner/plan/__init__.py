@@ -34,7 +34,7 @@ from planner.plan.choices import (
     pool_nodes,
     wanted_vcpus,
 )
-from planner.plan.intent import ANY_REGION, FinetuneWorkload, Intent, intents_from_options, parse_intent
+from planner.plan.intent import ANY_REGION, FinetuneWorkload, Intent, ServeWorkload, intents_from_options, parse_intent
 from planner.plan.result import (
     SPOT_QUOTA,
     TOTAL_QUOTA,
@@ -165,6 +165,7 @@ def _cluster(intent: Intent, sheet: PriceSheet, region: str, kept: Kept, load: G
         developers=intent.developers,
         kept=kept,
         load=load,
+        internal_address=any(isinstance(w, ServeWorkload) and w.expose == "internal" for w in intent.workloads),
     )
 
 

@@ -25,7 +25,7 @@ from planner.fit import Settings
 from planner.memory.serving import ServingSettings
 from planner.memory.training import FinetuneSettings
 from planner.model import Frozen, ModelSpec
-from planner.plan.serving import Adapter, Device, Expose, Gateway, Weights, check_server, lora_settings
+from planner.plan.serving import Adapter, Device, Expose, Gateway, Weights, check_overrides, check_server, lora_settings
 from planner.size import rope_factor
 from planner.units import parse_tokens
 
@@ -91,6 +91,7 @@ class ServeWorkload(Frozen):
     tool_call_parser: vLLM's name for how the model writes tool calls (None: the catalog's), `none` for no tools
     adapters: LoRA adapters loaded at the start; runtime_adapters: others may be loaded while it runs
     expose: to the cluster alone, to the network by an internal load balancer, or by a gateway of the cluster
+    hf_overrides: JSON that vLLM puts over the model's config.json; needed where rope_scaling extends the context
     sleep_level: it can be put to sleep and woken: 1 keeps the weights in the machine's memory, 2 drops them
     """
 
@@ -113,11 +114,13 @@ class ServeWorkload(Frozen):
     runtime_adapters: bool = False
     expose: Expose = "cluster"
     gateway: Gateway | None = None
+    hf_overrides: str | None = None
     sleep_level: Literal[1, 2] | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> ServeWorkload:
         check_server(self.adapters, self.expose, self.gateway)
+        check_overrides(self.hf_overrides)
         if self.machines > 1 and ("pipeline_parallel_size" in self.settings or self.device == "cpu"):
             raise ValueError("machines are pipeline stages with GPUs: leave out pipeline_parallel_size and device: cpu")
         if self.device == "cpu" and self.sleep_level is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from planner.catalog import load_model
 from planner.catalog.assumptions import assumption
 from planner.catalog.hardware import gpu_of, machine
 from planner.catalog.mig import Profile, card_of, cut
@@ -25,7 +26,7 @@ from planner.plan.choices import limits, needs_disk, other_vcpus
 from planner.plan.cpu import memory_of
 from planner.plan.intent import Intent, ServeWorkload, model_of, settings_of
 from planner.plan.result import TOTAL_QUOTA, Placed, Plan, Pool, PricesUsed
-from planner.plan.serving import Serving, read_rate, token_seconds, tool_parser
+from planner.plan.serving import Serving, check_extension, read_rate, token_seconds, tool_parser
 from planner.units import format_gib, format_usd, round_money
 
 VERSION = 1
@@ -228,6 +229,8 @@ def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) 
     """What a server is run by, beside its memory."""
     spec, settings = model_of(intent, wanted), settings_of(wanted)
     assert isinstance(settings, ServingSettings)
+    own = load_model(wanted.model or intent.model).max_context
+    check_extension(wanted.name, spec, wanted.context, own, wanted.hf_overrides)
     made_at_start = spec.quantization is None and settings.quantization in QUANTIZED_AT_START
     stored = weight_bytes(spec, weight_scheme(spec, None if made_at_start else settings.quantization))
     if settings.draft is not None:
@@ -267,6 +270,7 @@ def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) 
         runtime_adapters=wanted.runtime_adapters,
         expose=wanted.expose,
         gateway=wanted.gateway,
+        hf_overrides=wanted.hf_overrides,
         sleep_level=wanted.sleep_level,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
@@ -74,6 +75,7 @@ class Serving(Frozen):
     runtime_adapters: bool = False
     expose: Expose = "cluster"
     gateway: Gateway | None = None
+    hf_overrides: str | None = None
     sleep_level: Literal[1, 2] | None = None
 
 
@@ -114,6 +116,31 @@ def check_server(adapters: Sequence[Adapter], expose: Expose, gateway: Gateway |
             raise ValueError(f"the adapter {adapter.name} lies in a folder or on the hub: write folder or hub_id")
     if (expose == "gateway") != (gateway is not None):
         raise ValueError("expose: gateway goes with a gateway, its name and its namespace: write both or neither")
+
+
+def check_overrides(text: str | None) -> None:
+    """ValueError for what is no JSON object."""
+    if text is None:
+        return
+    try:
+        whole = isinstance(json.loads(text), dict)
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError("hf_overrides is a JSON object as text, such as '{\"max_position_embeddings\": 65536}'")
+
+
+def check_extension(name: str, spec: ModelSpec, context: int, own: int, overrides: str | None) -> None:
+    """PlannerError for a context beyond the model's own where vLLM is not told how it is reached.
+
+    own: tokens of the model's context as it is stored
+    """
+    if context > own and overrides is None:
+        raise PlannerError(
+            f"{name}: vLLM must be told how {spec.name} gets from {own:,} to {context:,} tokens: write hf_overrides"
+            f" into its workload, JSON with max_position_embeddings {context} and the whole rope_parameters (rope_type,"
+            " rope_theta, factor, original_max_position_embeddings) of its model card"
+        )
 
 
 def lora_settings(

@@ -8,6 +8,7 @@ import pytest
 from locks import planned, served
 
 from planner.errors import PlannerError
+from workloads.render import vllm_arguments
 
 ADAPTER = {"name": "sql", "rank": 32, "base": "Qwen/Qwen3-8B", "folder": "sql"}
 CASES: dict[str, tuple[dict[str, Any], str]] = {
@@ -68,6 +69,14 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"workload": {"machines": 2}, "gpu_instance_profile": "MIG1g"},
         "serve asks for 2 GPUs, and MIG devices cannot be joined",
     ),
+    "an extended context of which vLLM is not told": (
+        {"rope_scaling": 2, "workload": {"context": 65536}},
+        "serve: vLLM must be told how qwen3-8b gets from 40,960 to 65,536 tokens: write hf_overrides into its workload",
+    ),
+    "overrides that are no JSON": (
+        {"workload": {"hf_overrides": "{max: 3}"}},
+        "hf_overrides is a JSON object as text, such as",
+    ),
     "weights that no disk holds": (
         {"model": "qwen2.5-72b", "workload": {"settings": {}, "checkpoint": None}, "approved_usd_per_month": 90000},
         "serve: 135.4 GiB of weights do not fit on a machine's disk of 128 GiB: put them into the storage account and"
@@ -89,6 +98,12 @@ def test_an_adapter_fits_a_base_whatever_format_that_is_stored_in() -> None:
     _, lock = planned(served(workload={"adapters": [ADAPTER | {"base": "Qwen/Qwen3-8B-AWQ"}]}))
     assert lock.workloads[0].serving is not None
     assert [adapter.name for adapter in lock.workloads[0].serving.adapters] == ["sql"]
+
+
+def test_an_extended_context_is_told_as_it_was_written() -> None:
+    text = '{"max_position_embeddings": 65536, "rope_parameters": {"rope_type": "yarn", "factor": 1.6}}'
+    _, lock = planned(served(rope_scaling=2, workload={"context": 65536, "hf_overrides": text}))
+    assert f"--hf-overrides={text}" in vllm_arguments(lock.workloads[0])
 
 
 def test_the_rank_of_the_slots_is_the_next_that_vllm_has_kernels_for() -> None:
@@ -113,3 +128,9 @@ def test_a_step_takes_at_most_the_time_to_read_the_whole_gpu() -> None:
     # 15,633,680,957 bytes (T4) / (320 GB/s x 0.5) = 0.0978 s, rounded up
     assert str(serving.token_seconds) == "0.098"
     assert lock.workloads[0].usable_bytes / (320e9 * 0.5) <= float(serving.token_seconds)
+
+
+def test_an_address_in_the_network_is_on_the_bill() -> None:
+    plain, exposed = (planned(served(workload={"expose": expose}))[1].lines_usd for expose in ("cluster", "internal"))
+    assert set(exposed) - set(plain) == {"network/internal-load-balancer"}
+    assert exposed["network/internal-load-balancer"] == plain["network/load-balancer"]  # another of the same kind
