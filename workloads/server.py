@@ -126,7 +126,7 @@ def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secr
     folders = {"models": MODELS, "adapters": ADAPTERS}
     own = [{"name": one["kind"], "mountPath": folders[one["kind"]], "readOnly": True} for one in mounted]
     env = environment(workload, secrets)
-    if serving.weights == "blob":
+    if serving.weights == "blob" and not _asks_hub(workload):
         env.append({"name": "HF_HUB_OFFLINE", "value": "1"})
     if serving.runtime_adapters:
         env.append({"name": "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "value": "1"})
@@ -155,6 +155,12 @@ def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secr
         "mounts": [*MOUNTS, *own],
         "volumes": volumes(workload, serving.cache_bytes, mounted),
     }
+
+
+def _asks_hub(workload: LockedWorkload) -> bool:
+    """Whether something beside the weights comes from the hub: an adapter, a draft model."""
+    adapters = any(adapter.hub_id for adapter in serving_of(workload).adapters)
+    return adapters or any(one.startswith("--speculative-config") for one in workload.arguments)
 
 
 def group(machines: int, rank: str) -> list[str]:

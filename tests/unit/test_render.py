@@ -366,6 +366,8 @@ def test_weights_of_the_storage_account_are_mounted_and_never_looked_for_at_the_
     volume = found(made, "PersistentVolume", "serve-models")["spec"]
     assert volume["csi"]["volumeAttributes"]["containerName"] == "models"
     assert volume["accessModes"] == ["ReadOnlyMany"]
+    assert "--block-cache" in volume["mountOptions"]  # weights of any size pass through, and fill no disk
+    assert "HF_HUB_OFFLINE" not in str(served_with(weights="blob", adapters=ADAPTERS))  # one of them is on the hub
 
 
 def test_tools_can_be_left_out_and_named() -> None:
