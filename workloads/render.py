@@ -43,7 +43,7 @@ PLACEHOLDERS = {
     "STORAGE_ACCOUNT": "the storage account",
     "TRAIN_IMAGE": "the training image in the stack's registry",
 }
-# how blobfuse2 reads: whole files are kept on the machine's disk for a while, or blocks in its memory as they are asked for
+# how blobfuse2 reads: whole files, kept on the machine's disk for a while, or blocks in its memory, as they are wanted
 # sizes in MB: 2,048 of blocks are what the smallest GPU machine leaves beside its pods
 # source: Azure/azure-storage-fuse README, block-cache; kaito-project/kaito mounts its mirror of models in the same way
 CACHED = ("--file-cache-timeout-in-seconds=120",)
