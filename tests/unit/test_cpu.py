@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import golden
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from locks import planned
+from locks import ROOT, planned
 
 from planner.catalog import load_model
 from planner.errors import PlannerError
 from planner.memory.cpu import cpu_serving_memory
 from planner.memory.serving import ServingMemory, ServingSettings
+from workloads.render import render
 
 GIB = 1 << 30
 
@@ -90,3 +92,19 @@ def test_more_context_or_sequences_never_need_less(context: int, sequences: int)
     given_bytes = int(next(a.partition("=")[2] for a in less.arguments if a.startswith("--kv-cache-memory-bytes=")))
     assert given_bytes == less.estimate.component("KV cache").expected_bytes
     assert given_bytes >= less.kv_for_one_sequence.reserved_bytes * sequences
+
+
+@pytest.mark.parametrize("form", ["md", "json", "csv", "html"])
+def test_the_budget_page_knows_machines_without_gpus(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    outcome = golden.run(("budget", "--stack", "dev-cpu", "--format", form))
+    assert outcome.exit_code == 0, outcome.stderr
+    assert "D4s_v5" in outcome.stdout
+
+
+def test_servers_with_and_without_a_gpu_live_side_by_side() -> None:
+    small = {"kind": "serve", "name": "small", "model": "qwen3-0.6b", "device": "cpu", "context": 4096}
+    _, lock = planned({**wanted("qwen3-8b"), "workloads": [{"kind": "serve", "context": 8192}, small]})
+    assert {pool.workloads: bool(pool.gpus_per_node) for pool in lock.pools} == {("serve",): True, ("small",): False}
+    made = [(m["kind"], m["metadata"]["name"]) for m in render(lock)]
+    assert {("Deployment", "serve"), ("Deployment", "small"), ("DaemonSet", "nvidia-device-plugin")} <= set(made)
