@@ -12,7 +12,7 @@ from workloads.pods import NAMESPACE, Manifest
 
 # what must be there before what: each kind waits for all of the kinds before; the rest comes last
 BEFORE = (
-    ("Namespace",),
+    ("Namespace", "StorageClass"),
     ("ConfigMap", "NetworkPolicy", "PersistentVolume", "ResourceQuota", "SecretProviderClass", "ServiceAccount"),
     ("PersistentVolumeClaim",),
 )

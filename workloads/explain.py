@@ -130,7 +130,7 @@ def _common(lock: Lock, workload: LockedWorkload, secrets: Collection[str]) -> l
             f"{shares['cpu']:.0%} of the machine's vCPUs and {shares['memory_request']:.0%} to"
             f" {shares['memory_limit']:.0%} of its memory, by its share of the GPUs",
         ),
-        Explained("storage", f"/cache: {asked['limits']['ephemeral-storage']}", _cache_reason(workload)),
+        Explained("storage", f"/cache: {-(-disk // (1 << 30))}Gi", _cache_reason(workload)),
     ]
     wanted = secrets_of(workload, secrets)
     for variable, secret in NEEDED_SECRETS[workload.task].items():
@@ -144,4 +144,5 @@ def _cache_reason(workload: LockedWorkload) -> str:
         return "the base model's files, and compiled code"
     if workload.serving.weights == "blob":
         return "compiled code; the weights are read from their mount"
-    return "the weights and a tenth, and 8 GiB for compiled code"
+    where = ", on the machine's NVMe disks" if workload.serving.cache == "nvme" else ""
+    return f"the weights and a tenth, and 8 GiB for compiled code{where}"

@@ -112,11 +112,25 @@ MOUNTS = (
 )
 
 
-def volumes(workload: LockedWorkload, cache_bytes: int, shares: Sequence[Manifest]) -> list[Manifest]:
-    """The machine's disk for caches, memory shared between a server's processes, secrets, and containers of Blob."""
+def volumes(
+    workload: LockedWorkload, cache_bytes: int, shares: Sequence[Manifest], storage_class: str | None = None
+) -> list[Manifest]:
+    """A disk for caches, memory shared between a server's processes, secrets, and containers of Blob.
+
+    storage_class: of a disk that lives as long as the pod, in place of the machine's system disk
+    """
+    size = f"{-(-cache_bytes // (1 << 30))}Gi"
+    claim = {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": storage_class,
+        "resources": {"requests": {"storage": size}},
+    }
+    cache: Manifest = {"emptyDir": {"sizeLimit": size}}
+    if storage_class:
+        cache = {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
     return [
         *({"name": one["kind"], "persistentVolumeClaim": {"claimName": one["name"]}} for one in shares),
-        {"name": "cache", "emptyDir": {"sizeLimit": f"{-(-cache_bytes // (1 << 30))}Gi"}},
+        {"name": "cache", **cache},
         {
             "name": "shm",
             "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi" if gpus_of_pod(workload) > 1 else "1Gi"},

@@ -58,6 +58,7 @@ def render(lock: Lock, secrets: Collection[str] = ALL_SECRETS) -> list[Manifest]
     """
     found = [
         *_made("namespaces", namespaces=_namespaces(lock)),
+        *(_made("nvme", name=server.NVME) if any(_on_nvme(workload) for workload in lock.workloads) else []),
         *_made("scaling", priorities=_priorities(lock)),
         *(_made("gpu", **_gpu_agents(lock)) if _has_gpus(lock) else []),
         *_made("boundaries", namespace=NAMESPACE, gpus=str(sum(p.max_nodes * p.gpus_per_node for p in lock.pools))),
@@ -104,6 +105,10 @@ def _namespaces(lock: Lock) -> list[Manifest]:
         {"name": name, "labels": {f"pod-security.kubernetes.io/{mode}": level for mode in ("enforce", "audit", "warn")}}
         for name, level in levels.items()
     ]
+
+
+def _on_nvme(workload: LockedWorkload) -> bool:
+    return workload.serving is not None and workload.serving.cache == "nvme"
 
 
 def _has_gpus(lock: Lock) -> bool:

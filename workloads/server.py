@@ -23,6 +23,8 @@ from workloads.pods import (
 from workloads.timing import PROBE_SECONDS, serving_timing
 
 INTERNAL = "service.beta.kubernetes.io/azure-load-balancer-internal"
+NVME = "tonnage-nvme"  # StorageClass of the machine's own NVMe disks
+OWN_DISK_BYTES = 8 << 30  # of the system disk, where the cache lies elsewhere: logs, and what programs write beside it
 CLIENTS = "tonnage/client"  # a namespace with this label may call the servers
 PRIVATE_RANGES = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")
 LWS_ROLE = "leaderworkerset.sigs.k8s.io/worker-index"
@@ -151,9 +153,9 @@ def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secr
             "pre_stop_seconds": timing.pre_stop_seconds,
             "ready_command": ready_command(workload),
         },
-        "resources": resources(lock, workload, serving.cache_bytes),
+        "resources": resources(lock, workload, OWN_DISK_BYTES if serving.cache == "nvme" else serving.cache_bytes),
         "mounts": [*MOUNTS, *own],
-        "volumes": volumes(workload, serving.cache_bytes, mounted),
+        "volumes": volumes(workload, serving.cache_bytes, mounted, NVME if serving.cache == "nvme" else None),
     }
 
 

@@ -26,7 +26,7 @@ from planner.plan.choices import limits, needs_disk, other_vcpus
 from planner.plan.cpu import memory_of
 from planner.plan.intent import Intent, ServeWorkload, model_of, settings_of
 from planner.plan.result import TOTAL_QUOTA, Placed, Plan, Pool, PricesUsed
-from planner.plan.serving import Serving, check_extension, read_rate, token_seconds, tool_parser
+from planner.plan.serving import Serving, cache_place, check_extension, read_rate, token_seconds, tool_parser
 from planner.units import format_gib, format_usd, round_money
 
 VERSION = 1
@@ -246,12 +246,6 @@ def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) 
         card = card_of((cut(size, intent.gpu_instance_profile) or size) if intent.gpu_instance_profile else size)
         read = card.usable_bytes
     cache = COMPILED_BYTES + (stored * 11 // 10 if wanted.weights == "hub" else 0)
-    room = int(OS_DISK_GIB * platform().shares["disk"]) << 30
-    if cache > room:
-        raise PlannerError(
-            f"{wanted.name}: {format_gib(stored)} of weights do not fit on a machine's disk of {OS_DISK_GIB} GiB: put"
-            " them into the storage account and set weights: blob, from where they are read as they are needed"
-        )
     parser = wanted.tool_call_parser or tool_parser(spec.name, spec.architecture)
     return Serving(
         machines=wanted.machines,
@@ -259,6 +253,7 @@ def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) 
         weights=wanted.weights,
         stored_bytes=stored,
         cache_bytes=cache,
+        cache=cache_place(wanted.name, size, stored, cache, placed.gpus // wanted.machines, OS_DISK_GIB),
         read_bytes_per_second=read_rate(wanted.weights),
         engine_seconds=int(assumption("engine_start_seconds").high),
         machine_seconds=int(assumption("gpu_machine_seconds").high),

@@ -13,15 +13,18 @@ from pydantic import Field
 
 from planner.catalog import model_entry, read_facts
 from planner.catalog.assumptions import assumption
-from planner.catalog.hardware import Gpu
+from planner.catalog.hardware import Gpu, VmSku
+from planner.catalog.platform import platform
 from planner.errors import PlannerError
 from planner.model import Amount, Frozen, ModelSpec
+from planner.units import format_gib
 
 NAME = r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$"
 HUB_ID = r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$"
 AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$")]
 Weights = Literal["hub", "blob"]
 Device = Literal["gpu", "cpu"]
+Cache = Literal["disk", "nvme"]
 Expose = Literal["cluster", "internal", "gateway"]
 
 
@@ -53,6 +56,7 @@ class Serving(Frozen):
     machines: of a replica, each with gpus / machines of its GPUs; device: what it computes on
     weights: where they are read from at each start
     stored_bytes: of the weights as they are read; cache_bytes: of the machine's disk, for them and for compiled code
+    cache: the system disk, or the machine's own NVMe disks where that is too small
     read_bytes_per_second, engine_seconds, machine_seconds, endpoint_seconds: pessimistic, by assumptions.json
     answer_tokens: of the longest answer that is finished when the server must stop; token_seconds: of one, at most
     tool_call_parser: vLLM's name, None without tools; runtime_adapters: more can be loaded by request
@@ -64,6 +68,7 @@ class Serving(Frozen):
     weights: Weights = "hub"
     stored_bytes: int
     cache_bytes: int
+    cache: Cache = "disk"
     read_bytes_per_second: int
     engine_seconds: int
     machine_seconds: int
@@ -86,6 +91,22 @@ def token_seconds(card: Gpu, read_bytes: int, pipeline_stages: int = 1) -> Decim
     """
     rate = card.bandwidth_bytes_per_s * assumption("bandwidth_share").low
     return (read_bytes * pipeline_stages / rate).quantize(Decimal("0.001"), ROUND_CEILING)
+
+
+def cache_place(name: str, size: VmSku, stored_bytes: int, cache_bytes: int, gpus: int, system_gib: int) -> Cache:
+    """Where a server keeps weights of the hub and compiled code: on the system disk while pods may fill that far.
+
+    gpus: that its pod takes of the machine, and with them that share of its NVMe disks. PlannerError where none holds
+    """
+    if cache_bytes <= int(system_gib * platform().shares["disk"]) << 30:
+        return "disk"
+    share = gpus / (size.gpu_count or 1)
+    if cache_bytes <= int((size.local_nvme_gib or 0) * platform().shares["disk"] * share) << 30:
+        return "nvme"
+    raise PlannerError(
+        f"{name}: {format_gib(stored_bytes)} of weights do not fit on the disks of a {size.short_name}: put them into"
+        " the storage account and set weights: blob, from where they are read as they are needed"
+    )
 
 
 def read_rate(weights: Weights) -> int:

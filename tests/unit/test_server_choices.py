@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import kubernetes_validate
 import pytest
 from locks import planned, served
 
 from planner.errors import PlannerError
-from workloads.render import vllm_arguments
+from workloads.render import render, vllm_arguments
 
 ADAPTER = {"name": "sql", "rank": 32, "base": "Qwen/Qwen3-8B", "folder": "sql"}
+LARGE: dict[str, Any] = {"settings": {}, "checkpoint": None}  # 16 bits, 135 GiB
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "a model that nobody knows": (
         {"model": "qwen3-8bb"},
@@ -78,9 +80,9 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
         "hf_overrides is a JSON object as text, such as",
     ),
     "weights that no disk holds": (
-        {"model": "qwen2.5-72b", "workload": {"settings": {}, "checkpoint": None}, "approved_usd_per_month": 90000},
-        "serve: 135.4 GiB of weights do not fit on a machine's disk of 128 GiB: put them into the storage account and"
-        " set weights: blob",
+        {"model": "qwen2.5-72b", "skus": ["ND96asr_v4"], "workload": LARGE, "approved_usd_per_month": 90000},
+        "serve: 135.4 GiB of weights do not fit on the disks of a ND96asr_v4: put them into the storage account and set"
+        " weights: blob",
     ),
 }
 
@@ -111,9 +113,29 @@ def test_the_rank_of_the_slots_is_the_next_that_vllm_has_kernels_for() -> None:
     assert "--max-lora-rank=32" in lock.workloads[0].arguments
 
 
+def test_weights_beyond_the_system_disk_go_to_the_machine_s_own() -> None:
+    wanted = served(model="qwen2.5-72b", skus=["NC96ads_A100_v4"], workload=LARGE, approved_usd_per_month=90000)
+    _, lock = planned(wanted)
+    serving = lock.workloads[0].serving
+    assert serving is not None
+    # 145 GB and a tenth, and 8 GiB: beyond 0.7 x 128 GiB, within 0.7 x 3,576 GiB
+    assert (serving.cache, serving.cache_bytes >> 30) == ("nvme", 156)
+    made = render(lock)
+    (disk,) = [one for one in made if one["kind"] == "StorageClass"]
+    assert disk["provisioner"] == "localdisk.csi.acstor.io"
+    (deployment,) = [one for one in made if one["kind"] == "Deployment"]
+    pod = deployment["spec"]["template"]["spec"]
+    (cache,) = [volume for volume in pod["volumes"] if volume["name"] == "cache"]
+    claim = cache["ephemeral"]["volumeClaimTemplate"]["spec"]
+    assert (claim["storageClassName"], claim["resources"]["requests"]["storage"]) == ("tonnage-nvme", "157Gi")
+    assert pod["containers"][0]["resources"]["limits"]["ephemeral-storage"] == "8Gi"
+    for one in (disk, deployment):
+        kubernetes_validate.validate(one, lock.platform.kubernetes_version, strict=True)
+
+
 def test_weights_that_no_disk_holds_are_read_from_the_storage_account() -> None:
-    wanted = {"settings": {}, "checkpoint": None, "weights": "blob"}
-    _, lock = planned(served(model="qwen2.5-72b", workload=wanted, approved_usd_per_month=90000))
+    wanted = LARGE | {"weights": "blob"}
+    _, lock = planned(served(model="qwen2.5-72b", skus=["ND96asr_v4"], workload=wanted, approved_usd_per_month=90000))
     serving = lock.workloads[0].serving
     assert serving is not None
     assert serving.stored_bytes > 128 << 30
