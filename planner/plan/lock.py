@@ -10,27 +10,23 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from planner.catalog import load_model
-from planner.catalog.assumptions import assumption
 from planner.catalog.hardware import gpu_of, machine
-from planner.catalog.mig import Profile, card_of, cut
+from planner.catalog.mig import Profile
 from planner.catalog.platform import Platform, platform
 from planner.cost.cluster import OS_DISK_GIB, Cluster, Posture, Storage
 from planner.cost.schedule import Window, parse_schedule
 from planner.errors import DoesNotFit, PlannerError
 from planner.fit import Task
-from planner.memory.serving_parts import QUANTIZED_AT_START, ServingSettings
-from planner.memory.weights import weight_bytes, weight_scheme
+from planner.memory.serving_parts import QUANTIZED_AT_START
 from planner.model import Amount, Frozen
 from planner.plan.choices import limits, needs_disk, other_vcpus
-from planner.plan.cpu import memory_of
-from planner.plan.intent import Intent, ServeWorkload, model_of, settings_of
+from planner.plan.intent import Intent, ServeWorkload, model_of
 from planner.plan.result import TOTAL_QUOTA, Placed, Plan, Pool, PricesUsed
-from planner.plan.serving import Serving, cache_place, check_extension, read_rate, token_seconds, tool_parser
+from planner.plan.served import serving_of
+from planner.plan.serving import Serving
 from planner.units import format_gib, format_usd, round_money
 
 VERSION = 1
-COMPILED_BYTES = 8 << 30  # code that vLLM, PyTorch and Triton compile, and tokenizers, with room
 
 
 def again(stack: str = "STACK") -> str:
@@ -213,7 +209,7 @@ def _locked_workload(placed: Placed, plan: Plan, intent: Intent) -> LockedWorklo
     wanted = next(workload for workload in intent.workloads if workload.name == placed.name)
     serving = None
     if isinstance(wanted, ServeWorkload):
-        serving = _serving(wanted, placed, plan, intent)
+        serving = serving_of(wanted, placed, plan, intent)
         stored = wanted.settings.get("quantization") in (None, *QUANTIZED_AT_START)
         own = stored or model_of(intent, wanted).quantization is not None
         shared["hub_id"] = wanted.checkpoint or (placed.hub_id if own else None)
@@ -222,51 +218,6 @@ def _locked_workload(placed: Placed, plan: Plan, intent: Intent) -> LockedWorklo
         windows=parse_schedule(placed.schedule).windows,
         memory_bytes={part.name: part.expected_bytes for part in placed.memory.components},
         serving=serving,
-    )
-
-
-def _serving(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) -> Serving:
-    """What a server is run by, beside its memory."""
-    spec, settings = model_of(intent, wanted), settings_of(wanted)
-    assert isinstance(settings, ServingSettings)
-    own = load_model(wanted.model or intent.model).max_context
-    check_extension(wanted.name, spec, wanted.context, own, wanted.hf_overrides)
-    made_at_start = spec.quantization is None and settings.quantization in QUANTIZED_AT_START
-    stored = weight_bytes(spec, weight_scheme(spec, None if made_at_start else settings.quantization))
-    if settings.draft is not None:
-        stored += weight_bytes(settings.draft, weight_scheme(settings.draft))
-    pool = next(pool for pool in plan.pools if pool.name == placed.pool)
-    size = machine(pool.sku)
-    # a CPU takes its time for each token, and nobody waits an hour for a server to stop
-    usual = assumption("answer_tokens").low if wanted.device == "cpu" else assumption("answer_tokens").expected
-    if wanted.device == "cpu":
-        card = memory_of(size)
-        read = sum(placed.memory.component(name).expected_bytes for name in ("weights", "KV cache"))
-    else:
-        card = card_of((cut(size, intent.gpu_instance_profile) or size) if intent.gpu_instance_profile else size)
-        read = card.usable_bytes
-    cache = COMPILED_BYTES + (stored * 11 // 10 if wanted.weights == "hub" else 0)
-    parser = wanted.tool_call_parser or tool_parser(spec.name, spec.architecture)
-    return Serving(
-        machines=wanted.machines,
-        device=wanted.device,
-        weights=wanted.weights,
-        stored_bytes=stored,
-        cache_bytes=cache,
-        cache=cache_place(wanted.name, size, stored, cache, placed.gpus // wanted.machines, OS_DISK_GIB),
-        read_bytes_per_second=read_rate(wanted.weights),
-        engine_seconds=int(assumption("engine_start_seconds").high),
-        machine_seconds=int(assumption("gpu_machine_seconds").high),
-        endpoint_seconds=int(assumption("endpoint_seconds").high),
-        answer_tokens=min(wanted.answer_tokens or int(usual), wanted.context),
-        token_seconds=token_seconds(card, read, settings.pipeline_parallel_size * wanted.machines),
-        tool_call_parser=None if parser == "none" else parser,
-        adapters=wanted.adapters,
-        runtime_adapters=wanted.runtime_adapters,
-        expose=wanted.expose,
-        gateway=wanted.gateway,
-        hf_overrides=wanted.hf_overrides,
-        sleep_level=wanted.sleep_level,
     )
 
 
