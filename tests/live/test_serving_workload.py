@@ -290,6 +290,10 @@ def test_the_key_guards_v1_and_not_what_vllm_serves_beside_it(server: Running) -
     question = {"model": MODEL, "messages": HELLO, "max_tokens": 1}
     assert server.post("/invocations", question, key=None).status_code == 200
     assert server.post("/tokenize", {"model": MODEL, "prompt": "x"}, key=None).status_code == 200
+    # it goes and looks for the adapter, and says that there is none
+    looked = server.post("/adapters", {"name": "unasked", "src": f"{server.folder}/nowhere"}, key=None)
+    assert looked.status_code in (400, 404), looked.text
+    assert "unasked" not in [model.id for model in server.client().models.list()]
 
 
 def test_the_metrics_that_the_alerts_ask_for_are_there(server: Running) -> None:
