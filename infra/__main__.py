@@ -16,7 +16,7 @@ from infra.identity import Federation, FederationArgs, Identities, IdentitiesArg
 from infra.monitor import ClusterMonitor, ClusterMonitorArgs, Monitor, MonitorArgs
 from infra.names import Names, names
 from infra.network import Network, NetworkArgs
-from infra.objects import NAMESPACE, Values, manifests
+from infra.objects import Values, manifests
 from infra.pools import GpuPools, GpuPoolsArgs
 from infra.registry import Registry, RegistryArgs
 from infra.release import Release, ReleaseArgs
@@ -36,6 +36,7 @@ from infra.storage import Storage, StorageArgs
 from infra.tags import tags
 from infra.vault import Vault, VaultArgs
 from planner.errors import PlannerError
+from workloads.pods import NAMESPACE
 
 
 class Place(TypedDict):

@@ -10,7 +10,7 @@ from pulumi_azure_native import containerservice as aks
 
 from planner.plan.lock import LockedPool
 
-GPU_TAINT = "sku=gpu:NoSchedule"
+GPU_TAINT, CPU_TAINT = "sku=gpu:NoSchedule", "sku=cpu:NoSchedule"
 # what AKS refuses to change on a pool that exists; the provider itself replaces for the machine's size alone
 FIXED = (
     "availabilityZones",
@@ -67,9 +67,9 @@ class GpuPools(pulumi.ComponentResource):
             scale_set_priority=aks.ScaleSetPriority.SPOT if spot else aks.ScaleSetPriority.REGULAR,
             scale_set_eviction_policy=aks.ScaleSetEvictionPolicy.DELETE if spot else None,
             spot_max_price=-1 if spot else None,  # up to the price on demand: never taken back for the price
-            node_taints=[GPU_TAINT],
-            node_labels={"tonnage/gpu": pool.gpu},
-            gpu_profile=aks.GPUProfileArgs(driver=pool.driver),
+            node_taints=[GPU_TAINT if pool.gpus_per_node else CPU_TAINT],
+            node_labels={"tonnage/gpu": pool.gpu} if pool.gpu else None,
+            gpu_profile=aks.GPUProfileArgs(driver=pool.driver) if pool.gpu else None,
             gpu_instance_profile=pool.gpu_instance_profile,
             os_type="Linux",
             os_sku="Ubuntu",

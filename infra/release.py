@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import pulumi
 from pulumi_kubernetes import Provider
 
-from infra.objects import NAMESPACE, Manifest
+from workloads.pods import NAMESPACE, Manifest
 
 # what must be there before what: each kind waits for all of the kinds before; the rest comes last
 BEFORE = (
-    ("Namespace",),
+    ("Namespace", "StorageClass"),
     ("ConfigMap", "NetworkPolicy", "PersistentVolume", "ResourceQuota", "SecretProviderClass", "ServiceAccount"),
     ("PersistentVolumeClaim",),
 )
+# kinds whose names end in digits of what they are, since they cannot be edited
+FIXED = ("Job", "PersistentVolume", "PersistentVolumeClaim")
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Release(pulumi.ComponentResource):
 
 def _left_alone(manifest: Manifest) -> list[str] | None:
     """What the schedule or a person decides: how many servers run (KEDA, kubectl scale), whether a run has started."""
-    if manifest["kind"] == "Deployment" and not manifest["spec"]["replicas"]:
+    if manifest["kind"] in ("Deployment", "LeaderWorkerSet") and not manifest["spec"].get("replicas"):
         return ["spec.replicas"]
     return ["spec.suspend"] if manifest["kind"] == "Job" else None
 
@@ -84,8 +86,8 @@ def _rank(manifest: Manifest) -> int:
 
 
 def logical_name(manifest: Manifest) -> str:
-    """`deployment-serve`; a Job without the digits that change with each run, so that the new one replaces the old."""
+    """`deployment-serve`; what cannot be edited without the digits of its name, so that the new replaces the old."""
     kind, metadata = manifest["kind"], manifest["metadata"]
-    name = metadata["name"].rpartition("-")[0] if kind == "Job" else metadata["name"]
+    name = metadata["name"].rpartition("-")[0] if kind in FIXED else metadata["name"]
     space = metadata.get("namespace")
     return f"{kind.lower()}-{name}" if space in (None, NAMESPACE) else f"{kind.lower()}-{space}-{name}"

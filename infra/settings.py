@@ -9,15 +9,15 @@ import pulumi
 from pulumi_azure_native import authorization, managedidentity
 
 from infra.alerts import Watch, Watched
-from infra.objects import NAMESPACE, NODE_SECONDS, start_seconds
 from infra.storage import Grant
 from planner.errors import PlannerError
 from planner.plan import Intent, parse_intent
 from planner.plan.lock import AGAIN, Lock, check_lock, parse_lock
 from planner.stack import INTENT_KEY, PLAN_KEY, needed_secrets
+from workloads.pods import NAMESPACE, VAULT_NAMES
+from workloads.timing import serving_timing
 
-# config key -> name in the vault
-SECRETS = {"apiKey": "api-key", "hfToken": "hf-token"}
+SECRETS = VAULT_NAMES
 SPARE_PERCENT = 10  # of memory that an allocator keeps and does not use
 MOST_ENDPOINTS = 3  # of storage, vault and registry
 MONTH_DAYS = Decimal(730) / 24
@@ -100,8 +100,7 @@ def watched(lock: Lock) -> Watch:
 
     A server fills its share of the GPU by design: its memory says nothing. Allocators of training keep spare blocks.
     """
-    servers = [workload for workload in lock.workloads if workload.task == "serve"]
-    start = NODE_SECONDS + max(map(start_seconds, servers), default=0)
+    start = max((serving_timing(w.serving).deadline_seconds for w in lock.workloads if w.serving), default=30 * 60)
     return Watch(
         namespace=NAMESPACE,
         workloads=[

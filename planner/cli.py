@@ -356,6 +356,21 @@ def preview(
 
 
 @app.command()
+def render(
+    stack: Annotated[str, Option(help="Render the plan of stacks/Pulumi.STACK.yaml.")],
+    output: Annotated[
+        str | None, Option("-o", "--output", metavar="DIR", help="A file an object in this folder.")
+    ] = None,
+    explain: Annotated[bool, Option("--explain", help="Where every argument, probe and limit comes from.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The Kubernetes manifests of a stack's plan, as `pulumi up` applies them."""
+    from planner import manifests
+
+    manifests.render(stack, output, explain=explain, as_json=as_json)
+
+
+@app.command()
 def budget(
     stack: Stack = None,
     scenario: Annotated[str | None, Option(help="A published scenario: dev-2k, dev-32k, prod-budget ...")] = None,
@@ -376,6 +391,26 @@ def budget(
     made = money.budget(locals())
     money.emit_budget(made, output, form)
     money.check_budget(made)
+
+
+@app.command()
+def chat(
+    stack: Annotated[str | None, Option(help="Talk to the server of stacks/Pulumi.STACK.yaml, by kubectl.")] = None,
+    url: Annotated[str | None, Option(help="Talk to this server, such as http://localhost:8000.")] = None,
+    workload: Annotated[str | None, Option(help="Which server, where the stack has several.")] = None,
+    model: Annotated[
+        str | None, Option(help="A model or adapter that the server has. [default: its first one]")
+    ] = None,
+    message: Annotated[str | None, Option("-m", "--message", help="Ask this one question and stop.")] = None,
+    system: Annotated[str | None, Option(help="What the model is told first.")] = None,
+    max_tokens: Annotated[int | None, Option(help="Tokens of an answer. [default: the server's]", min=1)] = None,
+    temperature: Annotated[float | None, Option(help="0 always takes the likeliest token.", min=0, max=2)] = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to a server, to see that it works and how fast; its key is in TONNAGE_API_KEY, or the stack's own."""
+    from planner import chat as chats
+
+    chats.chat(locals())
 
 
 @prices_app.callback()

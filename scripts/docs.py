@@ -27,6 +27,8 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("budget",),
     ("preview",),
     ("scale",),
+    ("render",),
+    ("chat",),
     ("prices",),
     ("prices", "refresh"),
     ("compare",),

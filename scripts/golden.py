@@ -51,6 +51,7 @@ SCALE = (
 )
 SPEEDS = ("--tokens-per-second", "NC4as_T4_v3=300", "--tokens-per-second", "NC24ads_A100_v4=2500")
 TODAY = "1795305600"  # 2026-11-22, by which prices have an age and a budget a date
+SHIPPED = ("dev-cpu", "dev-2k", "dev-32k", "prod-budget", "prod-standard", "prod-enterprise")
 CASES: tuple[Case, ...] = (
     Case("size-qwen3-8b", SIZE),
     Case(
@@ -69,6 +70,8 @@ CASES: tuple[Case, ...] = (
     Case(
         "preview-prod-standard", ("preview", "--stack", "prod-standard", "--format", "md"), columns=(80,), suffix="md"
     ),
+    *(Case(f"render-{stack}", ("render", "--stack", stack), (80,), "yaml") for stack in SHIPPED),
+    Case("render-explain", ("render", "--stack", "dev-32k", "--explain")),
     Case("plan-explain", ("plan", *PLAN, "--explain", "--region", "eastus,westeurope"), columns=(160,), warns=True),
     Case("plan-json", ("plan", *PLAN, "--json"), columns=(80,), suffix="json", warns=True),
     Case(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from infra.policy.nouns import UNKNOWN, Context, Recorded, at, listed, of_kind, says
-from infra.policy.pools import GPU_TAINT, POOL, SYSTEM_TAINT, pool_name
+from infra.policy.pools import CPU_TAINT, GPU_TAINT, POOL, SYSTEM_TAINT, pool_name
 from planner.plan.lock import LockedPool
 
 GPU = "nvidia.com/gpu"
@@ -83,9 +83,25 @@ def pods(resources: Sequence[Recorded]) -> Iterator[Pods]:
         template: Any = one.inputs if kind == "Pod" else at(one.inputs, "spec.template")
         if kind == "CronJob":
             template = at(one.inputs, "spec.jobTemplate.spec.template")
+        if kind == "LeaderWorkerSet":
+            yield from _of_group(one)
+            continue
         if kind and isinstance(template, Mapping) and listed(at(template, "spec.containers")):
             space = str(at(metadata(one), "namespace") or "default")
             yield Pods(one, kind, space, template, _replicas(one, kind, resources))
+
+
+def _of_group(one: Recorded) -> Iterator[Pods]:
+    """The pods of a LeaderWorkerSet: the first of each group, and the others."""
+    space = str(at(metadata(one), "namespace") or "default")
+    groups, size = at(one.inputs, "spec.replicas"), at(one.inputs, "spec.leaderWorkerTemplate.size")
+    for part, pods_of_group in (("leaderTemplate", 1), ("workerTemplate", None)):
+        template = at(one.inputs, f"spec.leaderWorkerTemplate.{part}")
+        if not isinstance(template, Mapping):
+            continue
+        each = (size - 1 if isinstance(size, int) else None) if pods_of_group is None else pods_of_group
+        count = None if UNKNOWN in (groups, size) or each is None else (1 if groups is None else int(groups)) * each
+        yield Pods(one, "LeaderWorkerSet", space, template, count)
 
 
 def _replicas(one: Recorded, kind: str, resources: Sequence[Recorded]) -> int | None:
@@ -140,7 +156,7 @@ def nodes(resources: Sequence[Recorded], context: Context) -> list[Nodes]:
         spot = pool.priority == "spot"
         labels = {
             "kubernetes.azure.com/mode": "user",
-            "kubernetes.azure.com/accelerator": "nvidia",
+            **({"kubernetes.azure.com/accelerator": "nvidia"} if pool.gpus_per_node else {}),
             "kubernetes.azure.com/scalesetpriority": "spot" if spot else "regular",
             "kubernetes.io/os": "linux",
             "kubernetes.io/arch": "amd64",
@@ -150,7 +166,9 @@ def nodes(resources: Sequence[Recorded], context: Context) -> list[Nodes]:
         }
         if not spot:  # AKS labels spot machines alone
             del labels["kubernetes.azure.com/scalesetpriority"]
-        taints = [t for t in listed(at(inputs, "nodeTaints")) if t != UNKNOWN] or [GPU_TAINT]
+        taints = [t for t in listed(at(inputs, "nodeTaints")) if t != UNKNOWN] or [
+            GPU_TAINT if pool.gpus_per_node else CPU_TAINT
+        ]
         found.append(Nodes(pool.name, labels, (*taints, *((SPOT_TAINT,) if spot else ())), pool.gpus_per_node, pool))
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from infra.policy.kube import GPU, Nodes, Pods, api_group, may_land, metadata, named, nodes, pods, workload_kind
-from infra.policy.nouns import UNKNOWN, Book, Context, Fault, Recorded, Severity, at, entry, listed, says
+from infra.policy.nouns import UNKNOWN, Book, Context, Fault, Recorded, Severity, at, entry, holds, listed, says
 
 DEVICE_AGENTS = ("k8s-device-plugin", "dcgm-exporter")  # parts of their images' names
 CLUSTER_WIDE = frozenset(
@@ -237,6 +237,43 @@ def pod_security(resources: Sequence[Recorded], _: Context) -> list[Fault]:
     return found
 
 
+@objects.over("deny-first", "nobody reaches a pod, and it reaches nobody, but by a policy that says so", "medium")
+def deny_first(resources: Sequence[Recorded], _: Context) -> list[Fault]:
+    """Of every namespace with pods: a NetworkPolicy for all of them, both ways."""
+    closed = {
+        at(metadata(one), "namespace")
+        for one in resources
+        if workload_kind(one) == "NetworkPolicy"
+        and at(one.inputs, "spec.podSelector") in ({}, UNKNOWN)
+        and all(holds(at(one.inputs, "spec.policyTypes"), way) for way in ("Ingress", "Egress"))
+    }
+    lived_in = {pod.namespace for pod in pods(resources)}
+    return [
+        (one, "its pods talk to whomever they like: add a NetworkPolicy for all of them, Ingress and Egress")
+        for one in resources
+        if workload_kind(one) == "Namespace" and named(one) in lived_in and not closed & {named(one), UNKNOWN}
+    ]
+
+
+@objects.over("stops-in-time", "a server that must stop has the time to finish what it answers", "medium")
+def stops_in_time(resources: Sequence[Recorded], _: Context) -> list[Fault]:
+    """preStop + --shutdown-timeout < terminationGracePeriodSeconds, which is 30 where nobody says."""
+    found: list[Fault] = []
+    for pod in pods(resources):
+        grace = at(pod.spec, "terminationGracePeriodSeconds")
+        grace = 30 if grace is None else grace
+        for container in pod.containers:
+            before = at(container, "lifecycle.preStop.sleep.seconds") or 0
+            for word in listed(at(container, "args")):
+                flag, _sign, seconds = str(word).partition("=")
+                if flag != "--shutdown-timeout" or not seconds.isdigit() or UNKNOWN in (grace, before):
+                    continue
+                if int(grace) <= int(before) + int(seconds):
+                    sentence = f"it is killed after {grace} s and wants {before} + {seconds} s to stop: give it more"
+                    found.append((pod.resource, sentence))
+    return found
+
+
 @objects.over("no-cluster-token", "pods have no key to the cluster's API unless they are an identity", "medium")
 def no_cluster_token(resources: Sequence[Recorded], _: Context) -> list[Fault]:
     """A pod's own word counts before its service account's; workload identity mounts a token of its own."""
@@ -268,9 +305,11 @@ def pod_has_a_place(resources: Sequence[Recorded], context: Context) -> list[Fau
 
 
 def _gpu_pods(resources: Sequence[Recorded], context: Context) -> Iterator[tuple[Pods, list[Nodes]]]:
-    """Pods that ask for GPUs, each with the pools where it may land."""
+    """Pods that ask for GPUs, and of the plan's workloads those without, each with the pools where it may land."""
     pools = nodes(resources, context)
-    yield from ((pod, [pool for pool in pools if may_land(pod, pool)]) for pod in pods(resources) if pod.gpus)
+    own = {work.name for work in context.lock.workloads}
+    wanted = (pod for pod in pods(resources) if pod.gpus or pod.labels.get(INSTANCE) in own)
+    yield from ((pod, [pool for pool in pools if may_land(pod, pool)]) for pod in wanted)
 
 
 @objects.over("gpu-pod-placed", "a GPU pod lands on the pools that the plan made for it, and on no other", "high")
@@ -344,7 +383,7 @@ def device_agents_everywhere(resources: Sequence[Recorded], context: Context) ->
     found: list[Fault] = []
     for pod in pods(resources):
         if pod.kind == "DaemonSet" and is_device_agent(pod):
-            missed = [place.name for place in nodes(resources, context) if place.planned and not may_land(pod, place)]
+            missed = [place.name for place in nodes(resources, context) if place.gpus and not may_land(pod, place)]
             if missed:
                 found.append((pod.resource, f"it does not run on {', '.join(missed)}: tolerate that pool's taints"))
     return found

@@ -24,7 +24,8 @@ from infra.policy.nouns import (
 from planner.plan.lock import LockedPool
 
 POOL = "containerservice:AgentPool"
-GPU_TAINT, SYSTEM_TAINT = "sku=gpu:NoSchedule", "CriticalAddonsOnly=true:NoSchedule"
+GPU_TAINT, CPU_TAINT = "sku=gpu:NoSchedule", "sku=cpu:NoSchedule"
+SYSTEM_TAINT = "CriticalAddonsOnly=true:NoSchedule"
 GPU_SIZES = "standard_n"  # Azure's sizes with a GPU are NC, ND, NG and NV
 LEAST_SYSTEM_NODES = 3
 AREA: Area = "pools"
@@ -182,12 +183,18 @@ def system_taint(resources: Sequence[Recorded], _: Context) -> list[Fault]:
     ]
 
 
-@pools.over("gpu-taint", "only who asks for a GPU runs on a machine with one", "high")
-def gpu_taint(resources: Sequence[Recorded], _: Context) -> list[Fault]:
-    return [
+@pools.over("gpu-taint", "only who asks for a GPU runs on a machine with one, or on one that is a server's own", "high")
+def gpu_taint(resources: Sequence[Recorded], context: Context) -> list[Fault]:
+    own = {pool.name for pool in context.lock.pools if not pool.gpus_per_node}
+    found: list[Fault] = [
         (one, f"any pod may keep a GPU machine awake: add the taint {GPU_TAINT}")
         for one, pool in every_pool(resources)
         if is_gpu(pool) and not holds(at(pool, "nodeTaints"), GPU_TAINT)
+    ]
+    return found + [
+        (one, f"any pod may keep its machines awake: add the taint {CPU_TAINT}")
+        for one in of_kind(resources, POOL)
+        if pool_name(one) in own and not holds(at(one.inputs, "nodeTaints"), CPU_TAINT)
     ]
 
 
@@ -254,7 +261,7 @@ def _differences(resource: Recorded, pool: LockedPool) -> Iterator[str]:
         "vmSize": pool.sku,
         "maxCount": pool.max_nodes,
         "osDiskType": pool.os_disk_type,
-        "gpuProfile.driver": pool.driver,
+        "gpuProfile.driver": pool.driver if pool.gpu else None,
         "gpuInstanceProfile": pool.gpu_instance_profile,
     }
     for path, value in wanted.items():

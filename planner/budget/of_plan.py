@@ -6,7 +6,7 @@ from collections.abc import Callable
 from decimal import Decimal
 
 from planner.budget import Commitment, Draft, MemoryCurve, MemoryPoint, Supposed, WhatIfDraft, advice, supposed
-from planner.catalog.hardware import sku as size_of
+from planner.catalog.hardware import machine as size_of
 from planner.catalog.prices import PriceSheet
 from planner.cost.lines import PRIORITY_WORDS, Line, figure, vm_line
 from planner.cost.schedule import MONTH_HOURS
@@ -57,7 +57,9 @@ def draft_of_plan(name: str, intent: Intent, plan: Plan, sheet: PriceSheet) -> D
             )
             for pool in plan.alternatives
         ),
-        memory=memory_curves([(job.workload.kind, job.spec, job.settings, job.headroom) for job in jobs]),
+        memory=memory_curves(
+            [(job.workload.kind, job.spec, job.settings, job.headroom) for job in jobs if not job.on_cpu]
+        ),
         notes=plan.notes,
         inputs={"intent": intent.digest, "region": plan.region},
     )

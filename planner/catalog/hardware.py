@@ -241,6 +241,50 @@ def cpu_size(name: str) -> CpuSize:
 
 
 @cache
+def cpu_machine(name: str) -> VmSku:
+    """A CPU size as a size without GPUs. PlannerError as cpu_size."""
+    size = cpu_size(name)
+    return VmSku(
+        name=name,
+        source=size.source,
+        as_of=size.as_of,
+        series=name.removeprefix("Standard_")[:1],
+        quota_family=size.quota_family,
+        gpu=None,
+        gpu_label="no GPU",
+        gpu_count=0,
+        gpu_fraction=None,
+        vcpu=size.vcpus,
+        ram_gib=size.ram_gib,
+        temp_disk_gib=None,
+        local_nvme_gib=None,
+        network_gbps=None,
+        topology="single",
+        topology_source=size.source,
+        driver="cuda",
+        cpu_arch="x64",
+        spot_supported=True,
+        aks_supported="yes",
+        mig_capable=False,
+        status="available",
+        retirement_date=None,
+        regions=(),
+        regions_as_of=size.as_of,
+        notes="",
+    )
+
+
+def machine(name: str) -> VmSku:
+    """The size of a plan's pool: one with GPUs, or without. PlannerError for neither."""
+    return cpu_machine(name) if is_cpu_size(name) else sku(name)
+
+
+def is_cpu_size(name: str) -> bool:
+    """Whether the catalog has a family of CPU sizes with that name."""
+    return any(re.fullmatch(family["pattern"], name) for family in read_facts("cpu.json")["families"])
+
+
+@cache
 def quota_families() -> tuple[str, ...]:
     """The quota families of all GPU and CPU sizes in the catalog, as Azure writes them."""
     names = {size.quota_family for size in skus()}

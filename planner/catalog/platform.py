@@ -9,10 +9,14 @@ from planner.model import Frozen
 
 
 class Platform(Frozen):
-    """What a plan pins. kubernetes_version: minor, as AKS takes it; images: by what they are for, with their tag."""
+    """What a plan pins. kubernetes_version: minor, as AKS takes it; images: by what they are for, with their tag.
+
+    shares: of a machine's CPU and memory, what its GPUs' pods ask for and may take; kept_vcpus: what they leave
+    """
 
     kubernetes_version: str
     images: dict[str, str]
+    shares: dict[str, float]
 
 
 @cache
@@ -22,4 +26,5 @@ def platform() -> Platform:
     return Platform(
         kubernetes_version=facts["kubernetes_version"]["value"],
         images={name: record["value"] for name, record in facts["images"].items()},
+        shares={name: record["value"] for name, record in facts["shares"].items()},
     )

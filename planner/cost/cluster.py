@@ -136,14 +136,18 @@ def cluster_lines(
     developers: Developers,
     kept: Kept,
     load: GpuLoad,
+    internal_address: bool = False,
 ) -> tuple[Line, ...]:
-    """Every line of a month's bill but the GPU machines themselves. Unpriced lines say so."""
+    """Every line of a month's bill but the GPU machines themselves. Unpriced lines say so.
+
+    internal_address: a server has one in the network, behind the cluster's second load balancer
+    """
     cluster = cluster.resolved(posture)
     lines = [
         *_people(sheet, region, developers),
         *_platform(sheet, region, cluster, load),
         *_storage(sheet, region, posture, storage, kept),
-        *_network(sheet, region, cluster),
+        *_network(sheet, region, cluster, internal_address),
         *_monitoring(sheet, region, cluster, load),
         *_security(sheet, region, cluster),
     ]
@@ -344,7 +348,7 @@ def _billing_gb(size_bytes: int) -> Decimal:
     return Decimal(size_bytes) / GIB
 
 
-def _network(sheet: PriceSheet, region: str, cluster: Cluster) -> list[Line]:
+def _network(sheet: PriceSheet, region: str, cluster: Cluster, internal_address: bool) -> list[Line]:
     egress = cluster.egress_gb_per_month
 
     def line(key: str, label: str, basis: str, meter: str, units: Decimal, service: str, times: int = 1) -> Line:
@@ -367,6 +371,9 @@ def _network(sheet: PriceSheet, region: str, cluster: Cluster) -> list[Line]:
         line("load-balancer-data", "Load balancer, data", gb, "load-balancer-data", egress, "Load Balancer"),
         line("public-ip", "Public address", "all month", "public-ip", MONTH_HOURS, "Virtual Network"),
     ]
+    if internal_address:
+        label = "Load balancer inside the network"
+        lines.append(line("internal-load-balancer", label, "all month", "load-balancer", MONTH_HOURS, "Load Balancer"))
     count = cluster.private_endpoints or 0
     if count:
         text = f"{count} endpoints, all month"

@@ -34,7 +34,7 @@ from planner.plan.choices import (
     pool_nodes,
     wanted_vcpus,
 )
-from planner.plan.intent import ANY_REGION, FinetuneWorkload, Intent, intents_from_options, parse_intent
+from planner.plan.intent import ANY_REGION, FinetuneWorkload, Intent, ServeWorkload, intents_from_options, parse_intent
 from planner.plan.result import (
     SPOT_QUOTA,
     TOTAL_QUOTA,
@@ -165,6 +165,7 @@ def _cluster(intent: Intent, sheet: PriceSheet, region: str, kept: Kept, load: G
         developers=intent.developers,
         kept=kept,
         load=load,
+        internal_address=any(isinstance(w, ServeWorkload) and w.expose == "internal" for w in intent.workloads),
     )
 
 
@@ -278,7 +279,7 @@ def _pool_names(chosen: Sequence[Choice]) -> dict[tuple[str, Priority], str]:
     for choice in chosen:
         if choice.pool in names:
             continue
-        gpu = (choice.option.size.gpu or "gpu").split("-")[0]
+        gpu = (choice.option.size.gpu or "cpu").split("-")[0]
         base = f"{gpu[:6]}{short.get(choice.priority, 'res')}"
         taken = set(names.values())
         names[choice.pool] = next(n for n in (base, *(f"{base}{i}" for i in range(2, 99))) if n not in taken)
@@ -379,7 +380,7 @@ def _placed(job: Job, choice: Choice, names: dict[tuple[str, Priority], str]) ->
         context=job.workload.context,
         pool=names[choice.pool],
         replicas=job.workload.replicas,
-        gpus=fit.place.gpus,
+        gpus=fit.place.gpus if choice.option.size.gpu else 0,
         schedule=job.schedule.text,
         hours_per_month=job.hours,
         arguments=memory.arguments if isinstance(memory, ServingMemory) else (),
@@ -484,7 +485,7 @@ def _considered(intent: Intent, job: Job, index: int, sheet: PriceSheet, found: 
         if isinstance(outcome, str):
             rows.append(_row(job, name, 0, None, "excluded", None, outcome))
             continue
-        gpus = outcome.place.gpus
+        gpus = outcome.place.gpus if size.gpu else 0
         if isinstance(outcome, Misfit):
             verdict: Verdict = "cannot run" if outcome.reason else "does not fit"
             reason = outcome.reason or (

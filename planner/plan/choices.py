@@ -10,15 +10,28 @@ from typing import NamedTuple
 from planner import run
 from planner.catalog.assumptions import assumption
 from planner.catalog.hardware import VmSku, cpu_size, gpu_of, sku
-from planner.catalog.mig import cut
+from planner.catalog.mig import card_of, cut
 from planner.catalog.prices import COMMITTED, PriceSheet, Priority
 from planner.cost.cluster import OS_DISK_GIB
 from planner.cost.schedule import MONTH_HOURS, Schedule
 from planner.cost.spot import Overhead, SpotRisk, serving_overhead, training_overhead
 from planner.errors import DoesNotFit, PlannerError
-from planner.fit import Fit, Misfit, Settings, candidates, default_headroom, fit_size, gpu_options, gpus_of
+from planner.fit import (
+    Fit,
+    Misfit,
+    Place,
+    Settings,
+    candidates,
+    default_headroom,
+    fit_size,
+    gpu_options,
+    gpus_of,
+    try_place,
+)
+from planner.memory.serving import ServingSettings
 from planner.memory.training import FinetuneSettings, TrainingMemory
 from planner.model import ModelSpec
+from planner.plan.cpu import cpu_outcomes
 from planner.plan.intent import (
     FinetuneWorkload,
     Intent,
@@ -29,6 +42,7 @@ from planner.plan.intent import (
     settings_of,
     stated_gpus,
 )
+from planner.plan.serving import check_adapters
 from planner.units import format_gib
 
 OUTSIDE_EVERY_VM = "one machine has not that many GPUs, or shares one"
@@ -52,20 +66,27 @@ class Job:
         self.spec: ModelSpec = model_of(intent, workload)
         self.settings: Settings = settings_of(workload)
         self.schedule: Schedule = schedule_of(workload)
+        if isinstance(workload, ServeWorkload):
+            check_adapters(workload.name, self.spec, workload.adapters)
         self.hours: Decimal = self.schedule.hours_per_month()
         # a machine that is no longer needed stays a while, each time
         kept = self.schedule.starts_per_month * assumption("scale_down_hours").expected
         self.idle_hours: Decimal = max(min(kept, MONTH_HOURS - self.hours), Decimal(0))
         self.headroom = default_headroom(workload.kind) if intent.headroom is None else intent.headroom
-        if intent.gpu_instance_profile and gpus_of(self.settings) > 1:
+        self.machines = workload.machines if isinstance(workload, ServeWorkload) else 1
+        self.on_cpu = isinstance(workload, ServeWorkload) and workload.device == "cpu"
+        wanted = gpus_of(self.settings) * self.machines
+        if intent.gpu_instance_profile and wanted > 1:
             raise PlannerError(
-                f"{workload.name} asks for {gpus_of(self.settings)} GPUs, and MIG devices cannot be joined: leave out"
+                f"{workload.name} asks for {wanted} GPUs, and MIG devices cannot be joined: leave out"
                 " gpu_instance_profile, or take one device (tensor_parallel_size, pipeline_parallel_size and n_gpus 1)"
             )
 
     @cached_property
     def outcomes(self) -> tuple[tuple[VmSku, Fit | Misfit | str], ...]:
         """Every size a plan may choose, smallest first, with how the workload fares there (or why it cannot be)."""
+        if isinstance(self.settings, ServingSettings) and self.on_cpu:
+            return cpu_outcomes(self.spec, self.settings, self.intent.skus, self.headroom)
         found: list[tuple[VmSku, Fit | Misfit | str]] = []
         gpus, profile = stated_gpus(self.workload), self.intent.gpu_instance_profile
         for size in candidates(retired=bool(self.intent.skus)):
@@ -79,6 +100,9 @@ class Job:
                     found.append((size, f"its GPUs cannot be cut into {profile}"))
                     continue
                 size = part
+            if self.machines > 1:
+                found.append((size, fit_over(self.spec, self.settings, size, self.machines, self.headroom)))
+                continue
             if not gpu_options(self.settings, size, gpus):
                 found.append((size, OUTSIDE_EVERY_VM))
                 continue
@@ -92,7 +116,7 @@ class Job:
         for size, outcome in self.outcomes:
             if isinstance(outcome, Fit):
                 pods = outcome.place.available // outcome.place.gpus
-                nodes = -(-self.workload.replicas // pods)
+                nodes = -(-self.workload.replicas // pods) * self.machines
                 found.append(Option(size, outcome, nodes, self.overhead(outcome), needs_disk(size)))
         return tuple(found)
 
@@ -144,6 +168,17 @@ def fit_on(spec: ModelSpec, settings: Settings, size: VmSku, headroom: float, gp
     efficient = settings.model_copy(update={"attention": "efficient"})
     other = fit_size(spec, efficient, size, headroom=headroom, gpus=gpus, search_context=False)
     return other if isinstance(other, Fit) else outcome
+
+
+def fit_over(spec: ModelSpec, settings: Settings, size: VmSku, machines: int, headroom: float) -> Fit | Misfit | str:
+    """A server over several machines: tensor parallel over the GPUs of each, a pipeline stage a machine."""
+    assert isinstance(settings, ServingSettings)
+    count = size.gpu_count or 0
+    if not count or size.gpu_fraction != "1":
+        return "its machines share GPUs with others"
+    spread = settings.model_copy(update={"tensor_parallel_size": count, "pipeline_parallel_size": machines})
+    place = Place(gpu=card_of(size), sku=size, gpus=count * machines, available=count * machines)
+    return try_place(spec, spread, place, headroom=headroom, search_context=False)
 
 
 def excluded(size: VmSku, wanted: tuple[str, ...]) -> str:

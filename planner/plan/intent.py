@@ -15,7 +15,7 @@ from uuid import UUID
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from planner.catalog import load_model
-from planner.catalog.hardware import quota_families, sku
+from planner.catalog.hardware import is_cpu_size, quota_families, sku
 from planner.catalog.mig import Profile
 from planner.catalog.prices import Priority
 from planner.cost.cluster import Cluster, Developers, Posture, Storage
@@ -25,6 +25,7 @@ from planner.fit import Settings
 from planner.memory.serving import ServingSettings
 from planner.memory.training import FinetuneSettings
 from planner.model import Frozen, ModelSpec
+from planner.plan.serving import Adapter, Device, Expose, Gateway, Weights, check_overrides, check_server, lora_settings
 from planner.size import rope_factor
 from planner.units import parse_tokens
 
@@ -83,6 +84,15 @@ class ServeWorkload(Frozen):
     schedule: `always`, `80h` a month, or windows; model: in place of the intent's
     settings: any other field of ServingSettings, under vLLM's own name; spot: False keeps it off spot machines
     checkpoint: hub id of the weights as they are served, where settings.quantization asks for others than the model's
+    machines: of one replica, for a model that no machine holds: its layers are spread over them
+    device: `cpu` serves a small model without a GPU
+    weights: read from the `hub` at each start, or from the container models (`blob`), where somebody has put them
+    answer_tokens: of the longest answer that a server that stops still finishes (None: the catalog's assumption)
+    tool_call_parser: vLLM's name for how the model writes tool calls (None: the catalog's), `none` for no tools
+    adapters: LoRA adapters loaded at the start; runtime_adapters: others may be loaded while it runs
+    expose: to the cluster alone, to the network by an internal load balancer, or by a gateway of the cluster
+    hf_overrides: JSON that vLLM puts over the model's config.json; needed where rope_scaling extends the context
+    sleep_level: it can be put to sleep and woken: 1 keeps the weights in the machine's memory, 2 drops them
     """
 
     kind: Literal["serve"]
@@ -95,6 +105,27 @@ class ServeWorkload(Frozen):
     schedule: ScheduleText = "always"
     settings: dict[str, Any] = Field(default_factory=dict)
     spot: bool = True
+    machines: int = Field(default=1, ge=1, le=16)
+    device: Device = "gpu"
+    weights: Weights = "hub"
+    answer_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
+    tool_call_parser: str | None = Field(default=None, pattern=r"^[a-z0-9_-]{1,40}$")
+    adapters: tuple[Adapter, ...] = Field(default=(), max_length=32)
+    runtime_adapters: bool = False
+    expose: Expose = "cluster"
+    gateway: Gateway | None = None
+    hf_overrides: str | None = None
+    sleep_level: Literal[1, 2] | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> ServeWorkload:
+        check_server(self.adapters, self.expose, self.gateway)
+        check_overrides(self.hf_overrides)
+        if self.machines > 1 and ("pipeline_parallel_size" in self.settings or self.device == "cpu"):
+            raise ValueError("machines are pipeline stages with GPUs: leave out pipeline_parallel_size and device: cpu")
+        if self.device == "cpu" and self.sleep_level is not None:
+            raise ValueError("vLLM has no sleep mode on a CPU: leave sleep_level out")
+        return self
 
 
 class FinetuneWorkload(Frozen):
@@ -216,7 +247,7 @@ class Intent(Frozen):
     @field_validator("skus")
     @classmethod
     def _sizes(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(sku(name).name for name in names)
+        return tuple(name if is_cpu_size(name) else sku(name).name for name in names)
 
     @field_validator("prefer_families")
     @classmethod
@@ -336,6 +367,7 @@ def settings_of(workload: ServeWorkload | FinetuneWorkload) -> Settings:
     try:
         if isinstance(workload, ServeWorkload):
             fields = workload.settings | {"max_model_len": workload.context, "concurrency": workload.concurrency}
+            fields |= lora_settings(workload.name, fields, workload.adapters, workload.runtime_adapters)
             return ServingSettings(**fields)
         offload = workload.settings.get("offload", ())
         fields = workload.settings | {"seq_len": workload.context, "method": workload.method, "offload": offload}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from planner.catalog.hardware import gpu_of, sku
+from planner.catalog.hardware import gpu_of, machine
 from planner.catalog.mig import Profile
 from planner.catalog.platform import Platform, platform
 from planner.cost.cluster import OS_DISK_GIB, Cluster, Posture, Storage
@@ -22,6 +22,8 @@ from planner.model import Amount, Frozen
 from planner.plan.choices import limits, needs_disk, other_vcpus
 from planner.plan.intent import Intent, ServeWorkload, model_of
 from planner.plan.result import TOTAL_QUOTA, Placed, Plan, Pool, PricesUsed
+from planner.plan.served import serving_of
+from planner.plan.serving import Serving
 from planner.units import format_gib, format_usd, round_money
 
 VERSION = 1
@@ -59,6 +61,7 @@ class LockedWorkload(Frozen):
     """A workload as Placed, with its schedule's windows and the memory receipt as expected bytes by component.
 
     hub_id: of the weights as they are served or trained; None where nobody said where those lie
+    serving: of a server, what else it is run by
     """
 
     name: str
@@ -79,6 +82,7 @@ class LockedWorkload(Frozen):
     needed_bytes: int
     usable_bytes: int
     memory_bytes: dict[str, int]
+    serving: Serving | None = None
 
 
 class Around(Frozen):
@@ -139,7 +143,7 @@ def lock_of(plan: Plan, intent: Intent) -> Lock:
         high_usd=round_money(plan.high_usd),
         approved_usd_per_month=intent.approved_usd_per_month,
         pools=tuple(_locked_pool(pool, intent, surges[pool.name]) for pool in plan.pools),
-        workloads=tuple(_locked_workload(placed, intent) for placed in plan.workloads),
+        workloads=tuple(_locked_workload(placed, plan, intent) for placed in plan.workloads),
         around=Around(
             posture=intent.posture,
             cluster=cluster,
@@ -162,7 +166,7 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 
 def _locked_pool(pool: Pool, intent: Intent, max_surge: int) -> LockedPool:
-    size = sku(pool.sku)
+    size = machine(pool.sku)
     managed = needs_disk(size)
     return LockedPool(
         **pool.model_dump() | {"usd_per_month": round_money(pool.usd_per_month)},
@@ -171,10 +175,10 @@ def _locked_pool(pool: Pool, intent: Intent, max_surge: int) -> LockedPool:
         quota_family=size.quota_family,
         os_disk_type="Managed" if managed else "Ephemeral",
         os_disk_gib=OS_DISK_GIB,
-        driver="None" if size.driver == "rocm" else "Install",
-        supports_bf16=gpu_of(size).supports_bf16,
+        driver="None" if size.driver == "rocm" or size.gpu is None else "Install",
+        supports_bf16=size.gpu is None or gpu_of(size).supports_bf16,
         max_surge=max_surge,
-        gpu_instance_profile=intent.gpu_instance_profile,
+        gpu_instance_profile=intent.gpu_instance_profile if size.gpu else None,
     )
 
 
@@ -190,7 +194,7 @@ def _surges(plan: Plan, intent: Intent) -> dict[str, int]:
     total = asked[TOTAL_QUOTA.lower()]
     found = {}
     for pool in plan.pools:
-        size = sku(pool.sku)
+        size = machine(pool.sku)
         family, vcpus = size.quota_family.lower(), size.vcpu or 0
         needed = asked.get(family, 0) + vcpus
         room = limit.family.get(family, -1) >= needed and (limit.total is None or limit.total >= total + vcpus)
@@ -200,10 +204,12 @@ def _surges(plan: Plan, intent: Intent) -> dict[str, int]:
     return found
 
 
-def _locked_workload(placed: Placed, intent: Intent) -> LockedWorkload:
+def _locked_workload(placed: Placed, plan: Plan, intent: Intent) -> LockedWorkload:
     shared = placed.model_dump(include=set(LockedWorkload.model_fields))
     wanted = next(workload for workload in intent.workloads if workload.name == placed.name)
+    serving = None
     if isinstance(wanted, ServeWorkload):
+        serving = serving_of(wanted, placed, plan, intent)
         stored = wanted.settings.get("quantization") in (None, *QUANTIZED_AT_START)
         own = stored or model_of(intent, wanted).quantization is not None
         shared["hub_id"] = wanted.checkpoint or (placed.hub_id if own else None)
@@ -211,6 +217,7 @@ def _locked_workload(placed: Placed, intent: Intent) -> LockedWorkload:
         **shared,
         windows=parse_schedule(placed.schedule).windows,
         memory_bytes={part.name: part.expected_bytes for part in placed.memory.components},
+        serving=serving,
     )
 
 

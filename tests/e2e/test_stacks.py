@@ -13,7 +13,7 @@ import tools
 from control_plane import ControlPlane
 from world import CANARY_KEY, NAMESPACE, World, world
 
-from infra.objects import GPU
+from workloads.render import GPU
 
 DEV = ("dev-2k", "dev-32k")
 PROD = ("prod-budget", "prod-standard", "prod-enterprise")

@@ -13,7 +13,7 @@ from planner.plan import Intent, make_plan, parse_intent
 from planner.plan.lock import Lock, lock_of
 
 ROOT = Path(__file__).parents[2]
-STACKS = ("dev-2k", "dev-32k", "prod-budget", "prod-standard", "prod-enterprise")
+STACKS = ("dev-cpu", "dev-2k", "dev-32k", "prod-budget", "prod-standard", "prod-enterprise")
 
 
 @cache

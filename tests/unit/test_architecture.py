@@ -33,7 +33,7 @@ ORDER = [
     {"infra"},
     {"planner.preview", "planner.verify", "planner.trace"},
     {"planner.exact", "planner.money"},
-    {"planner.new"},
+    {"planner.new", "planner.chat", "planner.manifests"},
     {"planner.cli"},
     {"planner.__main__"},
 ]

@@ -204,7 +204,7 @@ def locks(monkeypatch: pytest.MonkeyPatch) -> dict[str, Lock]:
 
 
 def test_the_table_of_the_shipped_stacks_has_the_pools_of_their_plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = rows(section(STACKS, "The five that come with it").split("A name that ends in")[0])
+    table = rows(section(STACKS, "The six that come with it").split("A name that ends in")[0])
     told = {code(row[0])[0]: code(row[2]) for row in table}
     assert told == {stack: [pool.name for pool in lock.pools] for stack, lock in locks(monkeypatch).items()}
 

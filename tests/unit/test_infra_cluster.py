@@ -238,8 +238,9 @@ def test_each_pool_is_what_the_plan_says(stack: str) -> None:
             0,
             pool.max_nodes,
         )
-        assert inputs["nodeTaints"] == ["sku=gpu:NoSchedule"]
-        assert inputs["gpuProfile"] == {"driver": "Install"}
+        kind = "gpu" if pool.gpus_per_node else "cpu"
+        assert inputs["nodeTaints"] == [f"sku={kind}:NoSchedule"]
+        assert inputs.get("gpuProfile") == ({"driver": "Install"} if pool.gpus_per_node else None)
         assert (inputs["mode"], inputs["enableAutoScaling"]) == ("User", True)
         assert row.options["ignoreChanges"] == ["count"]
         assert row.options["deleteBeforeReplace"] is True

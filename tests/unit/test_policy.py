@@ -160,6 +160,15 @@ def pod(image: str, *, gpus: int = 0, **spec: Any) -> dict[str, Any]:
     }
 
 
+def stopping(spec: dict[str, Any]) -> dict[str, Any]:
+    """A server's pod, which takes requests for 15 s more, 91 s for the longest answer, and some to let go."""
+    spec["containers"][0] |= {
+        "args": ["--shutdown-timeout=91"],
+        "lifecycle": {"preStop": {"sleep": {"seconds": 15}}},
+    }
+    return spec | {"terminationGracePeriodSeconds": 116}
+
+
 def images() -> dict[str, str]:
     return _plan("prod")[1].platform.images
 
@@ -388,9 +397,16 @@ def good() -> dict[str, Recorded]:
                 "replicas": 2,
                 "template": {
                     "metadata": {"labels": dict(LABELS)},
-                    "spec": pod(images()["vllm"], gpus=1, serviceAccountName="serve", affinity=on(["t4spot"])),
+                    "spec": stopping(
+                        pod(images()["vllm"], gpus=1, serviceAccountName="serve", affinity=on(["t4spot"]))
+                    ),
                 },
             },
+        ),
+        kube(
+            "networking.k8s.io/v1:NetworkPolicy",
+            "nothing",
+            spec={"podSelector": {}, "policyTypes": ["Ingress", "Egress"]},
         ),
         kube("core/v1:Service", "serve", spec={"type": "ClusterIP"}),
         kube("policy/v1:PodDisruptionBudget", "serve", spec={"selector": {"matchLabels": dict(LABELS)}}),
@@ -644,6 +660,10 @@ BROKEN = [
     Broken("no-secrets-in-objects", "secret-mounted", "stringData/token", "hf_abc"),
     Broken("budget-allows-drain", "deployment-serve", "spec/replicas", 1),
     Broken("pod-security", "namespace-tonnage", "metadata/labels", {}),
+    Broken("deny-first", "networkpolicy-nothing", "spec/policyTypes", ["Ingress"]),
+    Broken("deny-first", "networkpolicy-nothing", "spec/podSelector", {"matchLabels": {"some": "pods"}}),
+    Broken("stops-in-time", "deployment-serve", "spec/template/spec/terminationGracePeriodSeconds", GONE),
+    Broken("stops-in-time", "deployment-serve", f"{CONTAINER}/args/0", "--shutdown-timeout=101"),
     Broken("no-cluster-token", "deployment-serve", "spec/template/spec/automountServiceAccountToken", True),
     Broken(
         "pod-has-a-place", "deployment-serve", f"{CONTAINER}/resources/limits/nvidia.com~gpu", "4", ("gpu-pod-placed",)
@@ -878,6 +898,7 @@ def test_a_namespace_may_be_privileged_while_only_device_agents_live_in_it() -> 
     stack = good()
     stack["namespace-gpu"] = kube("core/v1:Namespace", "gpu", None, logical="namespace-gpu")
     stack["daemonset-plugin"] = changed(stack["daemonset-plugin"], "metadata/namespace", "gpu")
+    stack["networkpolicy-gpu"] = changed(stack["networkpolicy-nothing"], "metadata/namespace", "gpu")
     (found,) = check(list(stack.values()), context())
     assert (found.rule, found.resource, bool(found.excused)) == ("pod-security", "namespace-gpu", True)
     stack["deployment-serve"] = changed(stack["deployment-serve"], "metadata/namespace", "gpu")

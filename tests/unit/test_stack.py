@@ -37,7 +37,7 @@ from planner.stack import (
 
 ROOT = Path(__file__).parents[2]
 SHEET = load_sheet("2026-11")
-STACKS = ("dev-2k", "dev-32k", "prod-budget", "prod-enterprise", "prod-standard")
+STACKS = ("dev-2k", "dev-32k", "dev-cpu", "prod-budget", "prod-enterprise", "prod-standard")
 
 
 def test_the_shipped_stacks_are_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +62,7 @@ def test_the_machines_of_each_shipped_stack(monkeypatch: pytest.MonkeyPatch) -> 
     assert bought == {
         "dev-2k": {("NC4as_T4_v3", "spot")},
         "dev-32k": {("NC24ads_A100_v4", "spot")},
+        "dev-cpu": {("D4s_v5", "on-demand")},
         "prod-budget": {("NC4as_T4_v3", "spot")},
         "prod-standard": {("NC24ads_A100_v4", "spot")},
         "prod-enterprise": {("NC24ads_A100_v4", "reserved-1y")},
