@@ -29,7 +29,7 @@ ORDER = [
     {"workloads"},
     {"infra"},
     {"planner.preview", "planner.verify", "planner.trace"},
-    {"planner.exact", "planner.money"},
+    {"planner.exact", "planner.money", "planner.dataset"},
     {"planner.new"},
     {"planner.cli"},
     {"planner.__main__"},
