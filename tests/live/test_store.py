@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,6 @@ from workloads.store import AzureBlobs, Patience, Place, download, parse_place, 
 pytest.importorskip("azure.storage.blob", reason="the store needs azure-storage-blob: run make live")
 
 MIB = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
-    with azurite(tmp_path_factory.mktemp("azurite")) as made:
-        yield made
 
 
 @pytest.fixture

@@ -41,7 +41,10 @@ def write_model(folder: Path, *, layers: int = 2, hidden: int = 128, seed: int =
         eos_token_id=257,
         pad_token_id=258,
     )
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 10  # the head's too: with short ones no adapter could make it sure
+    model.to(torch.bfloat16).save_pretrained(folder)
     return write_tokenizer(folder)
 
 
@@ -61,13 +64,13 @@ def write_preferences(path: Path) -> Path:
     return write_jsonl(path, records)
 
 
-def settings(folder: Path, model: Path | str, data: Path | str, **more: Any) -> dict[str, Any]:
+def settings(folder: Path, model: Path | str, train: Path | str, **more: Any) -> dict[str, Any]:
     """A configuration with everything in `folder`; more: fields, with those of inner sections as mappings."""
     found: dict[str, Any] = {
         "run": "tiny",
         "model": str(model),
         "method": "qlora",
-        "data": {"train": str(data)},
+        "data": {"train": str(train)},
         "max_length": 128,
         "max_steps": 8,
         "micro_batch": 2,
@@ -171,4 +174,4 @@ class Forker:
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=120)  # torch takes its time to leave, too

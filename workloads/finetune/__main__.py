@@ -1,16 +1,17 @@
 """`python -m workloads.finetune CONFIG`: data checked, then fetched, trained and kept; the exit code is for the Job.
 
-check CONFIG     the data alone, without torch
-CONFIG           the run
-worker CONFIG    one process of a run with several, started by the run itself
+`check CONFIG`: the data alone, without torch. `emit axolotl CONFIG`, `emit unsloth CONFIG`: the same run for another
+trainer. `worker CONFIG`: one process of a run with several, started by the run itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,11 +25,13 @@ from workloads.finetune import FAILED, FINISHED, INTERRUPTED, REFUSED, checkpoin
 from workloads.finetune.chat import Unreached, load_chat
 from workloads.finetune.check import Prepared, prepare
 from workloads.finetune.config import FinetuneConfig, load_config
+from workloads.finetune.emit import Trainer, emit
 from workloads.finetune.lease import RunIsHeld, hold
 from workloads.finetune.signals import Stop
 from workloads.finetune.telemetry import Telemetry
 
-USAGE = "usage: python -m workloads.finetune [check|worker] CONFIG"
+USAGE = "usage: python -m workloads.finetune [check | emit axolotl | emit unsloth] CONFIG"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_SECONDS = 60.0  # for the processes of a run, when one of them has ended
 
 
@@ -42,13 +45,12 @@ class Inputs(NamedTuple):
 
 def main(arguments: list[str]) -> int:
     """Run it; the exit code. What a person can act on is one sentence on stderr."""
-    mode = arguments[0] if arguments[:1] in (["check"], ["worker"]) else "run"
-    rest = arguments if mode == "run" else arguments[1:]
-    if len(rest) != 1 or rest[0].startswith("-"):
+    *mode, path = arguments or [""]
+    if path.startswith("-") or not path or tuple(mode) not in MODES:
         print(USAGE, file=sys.stderr)
         return REFUSED
     try:
-        return {"check": check, "worker": worker, "run": run}[mode](Path(rest[0]))
+        return MODES[tuple(mode)](Path(path))
     except (RunIsHeld, Unreached, store.Unreachable) as error:
         return _told(error, FAILED)
     except PlannerError as error:
@@ -110,6 +112,7 @@ def run(path: Path) -> int:
 
 def worker(path: Path) -> int:
     """One of several processes; its inputs are there already, and the first alone speaks."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # the run's lease ends with the process that started this
     config = load_config(path)
     stop = Stop()
     stop.listen()
@@ -117,6 +120,23 @@ def worker(path: Path) -> int:
     inputs = _inputs(config)
     with contextlib.closing(say):
         return _one(config, inputs, _prepared(config, inputs), stop, say)
+
+
+def _emit(trainer: Trainer) -> Callable[[Path], int]:
+    def write(path: Path) -> int:
+        print(emit(load_config(path), trainer), end="")
+        return FINISHED
+
+    return write
+
+
+MODES: dict[tuple[str, ...], Callable[[Path], int]] = {
+    (): run,
+    ("check",): check,
+    ("worker",): worker,
+    ("emit", "axolotl"): _emit("axolotl"),
+    ("emit", "unsloth"): _emit("unsloth"),
+}
 
 
 def _one(config: FinetuneConfig, inputs: Inputs, data: Prepared, stop: Stop, say: Telemetry) -> int:

@@ -38,6 +38,11 @@ class _Whole:
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.keeper.writing or super()._get_output_dir(trial))  # type: ignore[misc]
 
+    def store_flos(self) -> None:
+        """While the first process writes alone it must not wait for the others, whose part in this is done already."""
+        if self.keeper.writing is None:
+            super().store_flos()  # type: ignore[misc]
+
     def _save_rng_state(self, output_dir: str) -> None:
         names = ["rng_state.pth"] if len(self.keeper.states) == 1 else [f"rng_state_{i}.pth" for i in range(1 << 16)]
         for name, state in zip(names, self.keeper.states, strict=False):
@@ -167,6 +172,7 @@ class Keeper(transformers.TrainerCallback):  # type: ignore[misc]
             return
         mine = self._at_step_begin or random_states()
         self.states = _gathered(mine)
+        self.trainer.store_flos()
         wrong: Exception | None = None
         if self.trainer.is_world_process_zero():
             try:

@@ -22,7 +22,9 @@ from typing import Any
 from planner.errors import PlannerError
 
 BEAT_SECONDS = 5.0
-STANDS_STILL_SECONDS = 20.0  # four beats: a mounted container may cache what it reads for some seconds
+# a mounted container hands out what it read for two minutes (blobfuse2's default, and what the volumes are mounted
+# with), and a minute more for a late beat; a trainer that was stopped by a signal takes its lease away: nobody waits
+STANDS_STILL_SECONDS = 180.0
 
 
 class RunIsHeld(PlannerError):

@@ -21,7 +21,7 @@ from workloads.finetune.data import Example
 from workloads.finetune.keeping import Keeper, WholeDpo, WholeSft
 from workloads.finetune.signals import Stop
 from workloads.finetune.telemetry import Telemetry
-from workloads.finetune.watching import Judge, Narrator, best_step
+from workloads.finetune.watching import Judge, Narrator, best_step, weight_bytes
 
 datasets.disable_progress_bars()
 transformers.utils.logging.disable_progress_bar()
@@ -138,6 +138,7 @@ def _adapter(config: FinetuneConfig) -> Any:
 
 def _trainer(config: FinetuneConfig, path: str, data: Prepared) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=config.revision)
+    casts = config.adapter or config.weights == "fp32"  # weights trained in 16 bits are computed in them as they are
     common = {
         "output_dir": config.checkpoints.folder,
         "max_length": config.max_length,
@@ -152,8 +153,8 @@ def _trainer(config: FinetuneConfig, path: str, data: Prepared) -> Any:
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "optim": config.optimizer,
-        "bf16": config.precision == "bf16",
-        "fp16": config.precision == "fp16",
+        "bf16": casts and config.precision == "bf16",
+        "fp16": casts and config.precision == "fp16",
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
         "use_liger_kernel": config.loss == "liger",
@@ -185,7 +186,19 @@ def _trainer(config: FinetuneConfig, path: str, data: Prepared) -> Any:
     evaluation = rows(data.evaluation) if config.evaluation else None
     trainer = made(**parts, args=arguments, train_dataset=rows(data.train), eval_dataset=evaluation)
     trainer.remove_callback(transformers.PrinterCallback)
+    if config.precision == "fp16":
+        widen_trained(trainer.model)
     return trainer
+
+
+def widen_trained(model: Any) -> None:
+    """Trained parameters in 32 bits: fp16 training scales the loss, and its scaler takes no gradients of 16 bits.
+
+    TRL puts adapters on a 4-bit base into bfloat16, also where the card has none.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _conversations(examples: list[Example]) -> Any:
@@ -206,6 +219,7 @@ def _preferences(examples: list[Example]) -> Any:
 
 def _described(config: FinetuneConfig, trainer: Any, resumed: Path | None) -> dict[str, Any]:
     parameters = list(trainer.model.parameters())
+    weights, adapters = weight_bytes(trainer.model)
     return {
         "resumed_from": resumed.name if resumed else None,
         "method": config.method,
@@ -213,6 +227,8 @@ def _described(config: FinetuneConfig, trainer: Any, resumed: Path | None) -> di
         "sequences": len(trainer.train_dataset),
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "weights_bytes": weights,
+        "adapters_bytes": adapters,
         "processes": trainer.args.world_size,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, trl)},

@@ -92,6 +92,7 @@ class Narrator(transformers.TrainerCallback):  # type: ignore[misc]
             tokens_per_second=round(pace, 1),
             seconds_per_step=round(seconds / max(1, state.global_step - self._last_step), 4),
             remaining_seconds=round((now - self._started) / max(1, done) * (state.max_steps - state.global_step)),
+            optimizer_bytes=optimizer_bytes(self.trainer.optimizer),
             mfu=round(pace * self._flops_per_token / (card * cards), 4) if card else None,
             peak_allocated_bytes=peak,
             predicted_allocated_bytes=predicted.allocated_bytes,
@@ -105,6 +106,33 @@ class Narrator(transformers.TrainerCallback):  # type: ignore[misc]
 def peak_allocated_bytes() -> int | None:
     """Peak of torch's allocator on the card; None on a CPU, whose allocator does not count."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def weight_bytes(model: Any) -> tuple[int, int]:
+    """Bytes of the base and of the adapters: parameters, and the scales of 4-bit ones, each storage once.
+
+    Without adapters all is base, although it is trained.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    whole = not hasattr(model, "peft_config")
+    base = [p for p in model.parameters() if whole or not p.requires_grad]
+    for parameter in list(base):
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:  # double quantisation has scales of its scales
+            base += [tensor for tensor in (state.absmax, state.code, state.offset) if torch.is_tensor(tensor)]
+            state = state.state2
+    return _bytes(base), 0 if whole else _bytes(trained)
+
+
+def optimizer_bytes(optimizer: Any) -> int:
+    """Bytes of an optimizer's state; 0 before its first step."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return _bytes([tensor for state in inner.state.values() for tensor in state.values() if torch.is_tensor(tensor)])
+
+
+def _bytes(tensors: list[Any]) -> int:
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def flops_per_token(model: Any, config: FinetuneConfig) -> float:
