@@ -79,7 +79,7 @@ class Azurite:
 
     def container(self, name: str) -> str:
         """The URL of a new container."""
-        from workloads.store import AzureBlobs, parse_place
+        from workloads.blobs import AzureBlobs, parse_place
 
         AzureBlobs(parse_place(f"{self.url}/{name}"))._client.create_container()
         return f"{self.url}/{name}"

@@ -269,6 +269,15 @@ def test_a_model_that_is_not_there_or_not_whole_is_refused_at_once(
         assert "Traceback" not in done.errors.read_text()
 
 
+def test_modules_that_the_model_does_not_have_are_refused_at_once(
+    forker: tiny.Forker, inputs: Any, tmp_path: Path
+) -> None:
+    done = forker.run(tiny.write_config(tmp_path, said(tmp_path, inputs, "lora", lora_targets=["no_such_proj"])))
+    assert done.code == REFUSED, done.errors.read_text()
+    assert "the trainer refuses the configuration (Target modules" in done.errors.read_text()
+    assert "Traceback" not in done.errors.read_text()
+
+
 def test_a_checkpoint_of_another_configuration_is_not_gone_on_with(
     forker: tiny.Forker, inputs: Any, tmp_path: Path
 ) -> None:

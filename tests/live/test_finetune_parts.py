@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from tiny_chat import TEMPLATE, write_tokenizer
 
 from workloads.finetune.chat import load_chat
@@ -71,3 +72,32 @@ def test_what_is_trained_in_fp16_is_kept_in_32_bits_and_the_rest_stays() -> None
     model[0].requires_grad_(False)
     widen_trained(model)
     assert [p.dtype for p in model.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        # a layer: q and o 128 x 128, k and v 128 x 64, three of 128 x 256, norms of 2 x 128 and 2 x 32: 147,776; two of
+        # them, the tied embedding as head 320 x 128 and the last norm 128: N = 336,640; attention 6 x 2 layers x 128 x
+        # 128 tokens = 196,608; full: 6 N and that
+        ("full", 6 * 336_640 + 196_608),
+        # rank 8: a layer's adapters 8 x (256 + 192 + 192 + 256 + 3 x 384) = 16,384, T = 32,768, which a token passes
+        # too: 4 (N + T) + 2 T and attention
+        ("lora", 4 * (336_640 + 32_768) + 2 * 32_768 + 196_608),
+        ("qlora", 4 * (336_640 + 32_768) + 2 * 32_768 + 196_608),  # a packed weight is still a weight
+    ],
+)
+def test_the_arithmetic_of_a_token_is_that_of_the_paper(method: str, expected: int, tmp_path: Path) -> None:
+    for needed in ("torch", "peft", "trl", "bitsandbytes"):
+        pytest.importorskip(needed, reason=f"the program needs {needed}: run make live")
+    import peft
+
+    from workloads.finetune import train
+    from workloads.finetune.config import parse_config
+    from workloads.finetune.watching import flops_per_token
+
+    model = tiny.write_model(tmp_path / "model")
+    config = parse_config(tiny.settings(tmp_path, model, "none.jsonl", method=method), "x")
+    made = train._model(config, str(model))
+    adapter = train._adapter(config)
+    assert flops_per_token(peft.get_peft_model(made, adapter) if adapter else made, config) == expected

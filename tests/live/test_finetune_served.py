@@ -17,8 +17,9 @@ import pytest
 import tiny
 from blob import Azurite, free_port
 
+from workloads.blobs import AzureBlobs, parse_place
 from workloads.finetune import FINISHED, INTERRUPTED
-from workloads.store import AzureBlobs, download, folders, parse_place
+from workloads.store import download, folders
 
 for needed in ("torch", "transformers", "peft", "trl", "bitsandbytes", "azure.storage.blob", "vllm"):
     pytest.importorskip(needed, reason=f"the whole way needs {needed}: run make live")

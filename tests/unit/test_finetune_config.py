@@ -31,6 +31,7 @@ def with_(**more: Any) -> dict[str, Any]:
     [
         (with_(lerning_rate=1e-4), "there is no field lerning_rate: take it out or correct its name"),
         (with_(method="lora+"), "method: input should be 'full', 'lora', 'qlora', 'dora' or 'qdora'"),
+        (with_(optimizer="adamw_4bit"), "optimizer: input should be 'adamw_torch_fused'"),
         (with_(learning_rate=2), "learning_rate: input should be less than 1"),
         (with_(learning_rate=float("nan")), "learning_rate: input should be a finite number"),
         (with_(run="Tune 1"), "run: string should match pattern"),

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from tiny_chat import conversation, write_jsonl, write_tokenizer
 
 from planner import dataset
+from planner.errors import PlannerError
 from workloads.finetune import FAILED, FINISHED, INTERRUPTED, REFUSED
 from workloads.finetune.__main__ import _several, main
 from workloads.finetune.bundle import bundle, program_files
@@ -154,6 +156,9 @@ def test_steps_and_evaluations_go_to_mlflow_where_it_is_asked_for(monkeypatch: p
     stands_in = ModuleType("mlflow")
     for name in ("set_tracking_uri", "start_run", "log_metrics", "end_run"):
         setattr(stands_in, name, lambda *args, _name=name, **more: asked.append((_name, args, more)))
+    with pytest.raises(PlannerError, match="mlflow is not installed: add it to the image"):
+        Telemetry("tune-1", Metrics(mlflow="http://mlflow:5000"))
+    stands_in.__spec__ = ModuleSpec("mlflow", None)
     monkeypatch.setitem(sys.modules, "mlflow", stands_in)
     say = Telemetry("tune-1", Metrics(mlflow="http://mlflow:5000"), out=io.StringIO())
     say.event("data", conversations=3)

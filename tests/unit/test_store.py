@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from planner.errors import PlannerError
 from workloads import store
-from workloads.store import Blob, Changed, Lost, Patience, Place, Unreachable, download, parse_place, upload
+from workloads.blobs import Blob, Changed, Lost, Place, parse_place
+from workloads.store import Patience, Unreachable, download, upload
 
 PLACE = Place("https://account.blob.core.windows.net", "adapters", "run-1")
 

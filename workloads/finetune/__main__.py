@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from planner.errors import PlannerError
 from workloads import store
+from workloads.blobs import AzureBlobs, is_url, parse_place
 from workloads.finetune import FAILED, FINISHED, INTERRUPTED, REFUSED, checkpoint
 from workloads.finetune.chat import Unreached, load_chat
 from workloads.finetune.check import Prepared, prepare
@@ -233,9 +234,9 @@ def _inputs(config: FinetuneConfig) -> Inputs:
     scratch = Path(config.scratch)
 
     def place(source: str, kind: str) -> Path:
-        return scratch / kind / Path(store.parse_place(source).prefix).name if store.is_url(source) else Path(source)
+        return scratch / kind / Path(parse_place(source).prefix).name if is_url(source) else Path(source)
 
-    model = str(scratch / "model") if store.is_url(config.model) else config.model
+    model = str(scratch / "model") if is_url(config.model) else config.model
     evaluation = config.data.evaluation
     return Inputs(model, place(config.data.train, "train"), place(evaluation, "evaluation") if evaluation else None)
 
@@ -247,12 +248,12 @@ def fetch(config: FinetuneConfig) -> Inputs:
     if config.data.evaluation and inputs.evaluation:
         wanted.append((config.data.evaluation, inputs.evaluation))
     for source, target in wanted:
-        if store.is_url(source):
-            place = store.parse_place(source)
-            store.download_file(place, target, store.AzureBlobs(place))
-    if store.is_url(config.model):
-        place = store.parse_place(config.model)
-        store.download(place, Path(inputs.model), store.AzureBlobs(place))
+        if is_url(source):
+            place = parse_place(source)
+            store.download_file(place, target, AzureBlobs(place))
+    if is_url(config.model):
+        place = parse_place(config.model)
+        store.download(place, Path(inputs.model), AzureBlobs(place))
     return inputs
 
 
@@ -280,9 +281,9 @@ def _is_done(config: FinetuneConfig, facts: dict[str, str]) -> bool:
 def _upload(config: FinetuneConfig, say: Telemetry) -> None:
     if config.upload is None:
         return
-    place = store.parse_place(config.upload)
+    place = parse_place(config.upload)
     with store.bar("upload") as tell:
-        sent = store.upload(Path(config.result), place, store.AzureBlobs(place), progress=tell)
+        sent = store.upload(Path(config.result), place, AzureBlobs(place), progress=tell)
     say.event("upload", place=str(place), sent_bytes=sent)
 
 
@@ -290,8 +291,8 @@ def _mirror(config: FinetuneConfig, say: Telemetry) -> Callable[[Path], None] | 
     """What copies each checkpoint to Blob. Where Blob does not answer the run goes on: the folder has it."""
     if config.checkpoints.mirror is None:
         return None
-    base = store.parse_place(config.checkpoints.mirror)
-    blobs = store.AzureBlobs(base)
+    base = parse_place(config.checkpoints.mirror)
+    blobs = AzureBlobs(base)
 
     def copy(folder: Path) -> None:
         try:
@@ -320,8 +321,8 @@ def _from_mirror(config: FinetuneConfig, say: Telemetry) -> None:
     """The newest checkpoint of the mirror, where this machine has none as new."""
     if config.checkpoints.mirror is None:
         return
-    base = store.parse_place(config.checkpoints.mirror)
-    blobs = store.AzureBlobs(base)
+    base = parse_place(config.checkpoints.mirror)
+    blobs = AzureBlobs(base)
     there = [name for name in store.folders(base, blobs) if checkpoint.NAME.fullmatch(name)]
     folder = Path(config.checkpoints.folder)
     here, _ = checkpoint.newest(folder)

@@ -16,7 +16,10 @@ OUTSIDE = ("from_plan.py", "bundle.py")  # need the planner, and run beside it
 
 def program_files() -> dict[str, Path]:
     """Every module that the program needs, by its name in the bundle."""
-    found = [ROOT / "planner" / "errors.py", ROOT / "workloads" / "__init__.py", ROOT / "workloads" / "store.py"]
+    found = [
+        ROOT / "planner" / "errors.py",
+        *(ROOT / "workloads" / name for name in ("__init__.py", "blobs.py", "store.py")),
+    ]
     found += [path for path in (ROOT / "workloads" / "finetune").glob("*.py") if path.name not in OUTSIDE]
     return {path.relative_to(ROOT).as_posix(): path for path in sorted(found)}
 

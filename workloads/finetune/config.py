@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from planner.errors import PlannerError
 
 Method = Literal["full", "lora", "qlora", "dora", "qdora"]
+# transformers' names (OptimizerNames) of those that the plan's memory model knows
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd"]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -106,7 +108,7 @@ class FinetuneConfig(Strict):
     warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    optimizer: str = "adamw_torch_fused"
+    optimizer: Optimizer = "adamw_torch_fused"
     lora_rank: Positive = 16
     lora_alpha: Positive | None = None
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import yaml
 
 from planner.errors import PlannerError
+from workloads.blobs import is_url
 from workloads.finetune.config import FinetuneConfig
-from workloads.store import is_url
 
 Trainer = Literal["axolotl", "unsloth"]
 

@@ -6,6 +6,7 @@ Every line is one object with `event` and `run`; figures have their unit in thei
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from planner.errors import PlannerError
 from workloads.finetune.config import Metrics
 
 GAUGES = {
@@ -32,9 +34,11 @@ GAUGES = {
 
 
 class Telemetry:
-    """The voice of one run. Rank 0 alone has one that speaks."""
+    """The voice of one run. Rank 0 alone has one that speaks. PlannerError where mlflow is asked for and missing."""
 
     def __init__(self, run: str, metrics: Metrics, *, out: IO[str] | None = None, quiet: bool = False) -> None:
+        if metrics.mlflow is not None and importlib.util.find_spec("mlflow") is None:
+            raise PlannerError("the package mlflow is not installed: add it to the image, or leave metrics.mlflow out")
         self._run = run
         self._metrics = metrics
         self._out = sys.stdout if out is None else out

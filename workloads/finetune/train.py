@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,8 @@ def _check_machine(config: FinetuneConfig) -> None:
         raise PlannerError("fp16 needs a GPU and none is visible: set precision to bf16 or fp32, or see to the driver")
     if config.loss == "liger" and not torch.cuda.is_available():
         raise PlannerError("Liger's kernels need a GPU and none is visible: set loss to chunked, or see to the driver")
+    if config.loss == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        raise PlannerError("the package liger-kernel is not installed: add it to the image, or set loss to chunked")
 
 
 def _model(config: FinetuneConfig, path: str) -> Any:
@@ -184,7 +187,11 @@ def _trainer(config: FinetuneConfig, path: str, data: Prepared) -> Any:
         rows = _conversations
     made = WholeDpo if config.task == "dpo" else WholeSft
     evaluation = rows(data.evaluation) if config.evaluation else None
-    trainer = made(**parts, args=arguments, train_dataset=rows(data.train), eval_dataset=evaluation)
+    try:
+        trainer = made(**parts, args=arguments, train_dataset=rows(data.train), eval_dataset=evaluation)
+    except ValueError as error:  # target modules that are not there, settings that exclude each other
+        said = " ".join(str(error).split())[:200]
+        raise PlannerError(f"the trainer refuses the configuration ({said}): correct it") from error
     trainer.remove_callback(transformers.PrinterCallback)
     if config.precision == "fp16":
         widen_trained(trainer.model)

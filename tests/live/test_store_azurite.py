@@ -12,7 +12,8 @@ from blob import ACCOUNT, Azurite, Wire, azurite
 
 from planner.errors import PlannerError
 from workloads import store
-from workloads.store import AzureBlobs, Patience, Place, download, parse_place, upload
+from workloads.blobs import AzureBlobs, Place, parse_place
+from workloads.store import Patience, download, upload
 
 pytest.importorskip("azure.storage.blob", reason="the store needs azure-storage-blob: run make live")
 
