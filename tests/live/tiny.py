@@ -175,3 +175,5 @@ class Forker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=120)  # torch takes its time to leave, too
+        assert self._process.stdout is not None
+        self._process.stdout.close()
