@@ -29,6 +29,8 @@ prices_app = typer.Typer(
     invoke_without_command=True, rich_markup_mode=None, help="List prices of VM sizes, and how to refresh them."
 )
 app.add_typer(prices_app, name="prices")
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Data to fine-tune on, before it is paid for.")
+app.add_typer(data_app, name="data")
 
 Option = typer.Option
 
@@ -411,6 +413,28 @@ def chat(
     from planner import chat as chats
 
     chats.chat(locals())
+
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[str, typer.Argument(metavar="FILE.jsonl", help="Conversations, one a line.")],
+    task: Annotated[Literal["sft", "dpo"], Option(help="sft: messages; dpo: prompt, chosen, rejected.")] = "sft",
+    tokenizer: Annotated[str | None, Option("--tokenizer", "--model", help="Folder or hub id of the model.")] = None,
+    max_length: Annotated[str | None, Option("--max-length", "--ctx", help="Tokens of a sequence: 2048, 2k.")] = None,
+    loss_on: Annotated[
+        Literal["completion", "assistant", "all"], Option(help="Learned: the last answer, every answer, or all.")
+    ] = "completion",
+    against: Annotated[str | None, Option(help="Evaluation file, whose lines must not be learned.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check chat JSONL line by line: roles, empty turns, duplicates, tokens, and what truncation costs."""
+    from planner import dataset
+
+    report = dataset.check_data(
+        file, model=tokenizer, max_length=max_length, task=task, loss_on=loss_on, against=against
+    )
+    dataset.emit_report(report, as_json=as_json)
+    raise typer.Exit(dataset.exit_code(report))
 
 
 @prices_app.callback()

@@ -32,6 +32,8 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("prices",),
     ("prices", "refresh"),
     ("compare",),
+    ("data",),
+    ("data", "check"),
     ("validate",),
     ("validate", "serving"),
     ("validate", "finetune"),

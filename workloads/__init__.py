@@ -1,1 +1,1 @@
-"""Kubernetes objects of a plan: servers and training runs, and what they need around them."""
+"""What a plan runs: its Kubernetes objects, written from templates, and the programs inside the pods."""

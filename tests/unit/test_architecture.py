@@ -32,7 +32,7 @@ ORDER = [
     {"workloads"},
     {"infra"},
     {"planner.preview", "planner.verify", "planner.trace"},
-    {"planner.exact", "planner.money"},
+    {"planner.exact", "planner.money", "planner.dataset"},
     {"planner.new", "planner.chat", "planner.manifests"},
     {"planner.cli"},
     {"planner.__main__"},
