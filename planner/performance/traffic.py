@@ -38,7 +38,8 @@ class Lengths(Frozen):
         # of a log-normal law with mean m and sigma s, the share of m below the quantile of z is Phi(z - s)
         normal = NormalDist()
         below = [normal.cdf(normal.inv_cdf(i / n) - self.sigma) for i in range(1, n)]
-        return [self._whole(self.mean * n * (high - low)) for low, high in pairwise((0.0, *below, 1.0))]
+        # sorted, for equal lengths just at a half token may round either way
+        return sorted(self._whole(self.mean * n * (high - low)) for low, high in pairwise((0.0, *below, 1.0)))
 
     def sample(self, n: int, seed: int) -> list[int]:
         """n random lengths, the same for the same seed."""
