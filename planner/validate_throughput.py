@@ -11,6 +11,8 @@ from itertools import accumulate
 from math import exp
 from statistics import NormalDist
 
+from pydantic import ValidationError
+
 from planner.catalog.engines import parse_version
 from planner.catalog.hardware import Gpu, gpu
 from planner.catalog.serving_speed import SpeedEngine, speed_engine
@@ -137,6 +139,14 @@ def _suspect(row: Row) -> str:
 
 def benchmark(group: Sequence[Row]) -> Benchmark:
     """The run behind rows that share everything but the metric. NotModelled or PlannerError says why there is none."""
+    try:
+        return _benchmark(group)
+    except ValidationError as error:  # a cell that no engine would take, such as a batch of 0 sequences
+        field = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise PlannerError(f"the row's {field} is not a value that an engine takes") from error
+
+
+def _benchmark(group: Sequence[Row]) -> Benchmark:
     row = group[0]
     notes = row["notes"]
     engine = _engine(row)

@@ -169,6 +169,8 @@ def test_requests_at_a_rate_arrive_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
+        ({"notes": 'cmd="vllm serve x --max-num-seqs 0"'}, "max_num_seqs is not a value that an engine takes"),
+        ({"tp": "0", "n_gpus": "0"}, "tensor_parallel_size is not a value that an engine takes"),
         ({"request_rate": "0"}, "a rate of 0 requests a second"),
         ({"engine": "llama.cpp"}, "llama.cpp is not modelled"),
         ({"engine": "vLLM (ROCm)"}, "vLLM on ROCm"),
