@@ -11,6 +11,7 @@ from workloads.timing import serving_timing
 
 PORT = 8000
 MODELS, ADAPTERS = "/models", "/adapters"  # where containers of the storage account are mounted
+GUARD = "key_guard"  # the module that asks for the API key
 # by flag: what the memory model worked out, in words
 _FROM_MEMORY = {
     "--max-model-len": "the workload's context, for which the plan holds KV cache",
@@ -55,8 +56,8 @@ def weights_path(workload: LockedWorkload) -> str:
     return f"{MODELS}/{name}" if serving_of(workload).weights == "blob" else name
 
 
-def explained_arguments(workload: LockedWorkload) -> list[Argument]:
-    """All that follows `vllm serve`, in order, each part with its reason."""
+def explained_arguments(workload: LockedWorkload, *, guarded: bool = False) -> list[Argument]:
+    """All that follows `vllm serve`, in order, each part with its reason; guarded: there is an API key to ask for."""
     serving, timing = serving_of(workload), serving_timing(serving_of(workload))
     where = "the container `models`" if serving.weights == "blob" else "the hub"
     found = [
@@ -91,6 +92,9 @@ def explained_arguments(workload: LockedWorkload) -> list[Argument]:
             ("--disable-access-log-for-endpoints=/health,/metrics",), "probes and scrapes are not worth paying logs for"
         ),
     ]
+    if guarded:
+        why = "vLLM asks for the API key below /v1, this on every path but /health and /metrics"
+        found.append(Argument((f"--middleware={GUARD}.KeyGuard",), why))
     return found
 
 
@@ -98,12 +102,12 @@ def _adapter_path(folder: str | None, hub_id: str | None) -> str:
     return f"{ADAPTERS}/{folder}" if folder else str(hub_id)
 
 
-def vllm_arguments(workload: LockedWorkload) -> list[str]:
+def vllm_arguments(workload: LockedWorkload, *, guarded: bool = False) -> list[str]:
     """All that follows `vllm serve` on a server's command line.
 
-    ValueError for a workload that is no server.
+    guarded: there is an API key, and the whole port asks for it. ValueError for a workload that is no server.
     """
-    return [word for argument in explained_arguments(workload) for word in argument.words]
+    return [word for argument in explained_arguments(workload, guarded=guarded) for word in argument.words]
 
 
 def gpus_of_pod(workload: LockedWorkload) -> int:

@@ -25,13 +25,17 @@ def explain(lock: Lock, workload: LockedWorkload, secrets: Collection[str] = ALL
     """Every argument, probe and limit of a workload, in the order of its manifest."""
     found = [Explained("image", _image(lock, workload), "pinned by platform.json when the plan was made")]
     if workload.task == "serve":
-        found += [Explained("argument", " ".join(one.words), one.why) for one in explained_arguments(workload)]
+        guarded = server.is_guarded(secrets)
+        found += [
+            Explained("argument", " ".join(one.words), one.why)
+            for one in explained_arguments(workload, guarded=guarded)
+        ]
         machines = serving_of(workload).machines
         if machines > 1:
             words = " ".join(server.group(machines, "RANK"))
             found.append(Explained("argument", words, "how the machines of a replica find each other"))
         found += _times(workload)
-        found += _server(lock, workload)
+        found += _server(lock, workload, guarded)
     else:
         found += [
             Explained("argument", f"--{name}={value}", training.reason(name))
@@ -79,7 +83,7 @@ def _times(workload: LockedWorkload) -> list[Explained]:
     ]
 
 
-def _server(lock: Lock, workload: LockedWorkload) -> list[Explained]:
+def _server(lock: Lock, workload: LockedWorkload, guarded: bool) -> list[Explained]:
     serving, plan = serving_of(workload), server.strategy(lock, workload)
     rolling = plan.get("rollingUpdate")
     told = "Recreate" if rolling is None else f"RollingUpdate, surge {rolling['maxSurge']}"
@@ -106,11 +110,15 @@ def _server(lock: Lock, workload: LockedWorkload) -> list[Explained]:
     }[serving.expose]
     found.append(Explained("access", reach, f"expose: {serving.expose}, and a NetworkPolicy"))
     if serving.sleep_level:
-        why = f"sleep_level {serving.sleep_level}: /sleep and /wake_up are there, and no key guards them"
+        key = "take the API key" if guarded else "take no key"
+        why = f"sleep_level {serving.sleep_level}: /sleep and /wake_up are there, and {key}"
         found.append(Explained("environment", "VLLM_SERVER_DEV_MODE=1", why))
     if serving.runtime_adapters:
-        why = "runtime_adapters: POST /v1/load_lora_adapter takes the API key"
+        why = "runtime_adapters: POST /v1/load_lora_adapter" + (" takes the API key" if guarded else " takes no key")
         found.append(Explained("environment", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1", why))
+    if guarded:
+        why = "where --middleware finds key_guard.py: a ConfigMap, named by its text"
+        found.append(Explained("environment", f"PYTHONPATH={server.GUARD_FOLDER}", why))
     return found
 
 

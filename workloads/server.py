@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from functools import cache
 from importlib.resources import files
 
 from planner.plan.lock import Lock, LockedWorkload
-from workloads.arguments import ADAPTERS, MODELS, PORT, gpus_of_pod, serving_of, vllm_arguments
+from workloads.arguments import ADAPTERS, GUARD, MODELS, PORT, gpus_of_pod, serving_of, vllm_arguments
 from workloads.pods import (
     MOUNTS,
     NAMESPACE,
+    NEEDED_SECRETS,
     USER,
     Manifest,
     environment,
@@ -24,6 +26,7 @@ from workloads.timing import PROBE_SECONDS, serving_timing
 
 INTERNAL = "service.beta.kubernetes.io/azure-load-balancer-internal"
 NVME = "tonnage-nvme"  # StorageClass of the machine's own NVMe disks
+GUARD_FOLDER = "/etc/tonnage"  # from which Python takes the module that asks for the API key
 OWN_DISK_BYTES = 8 << 30  # of the system disk, where the cache lies elsewhere: logs, and what programs write beside it
 CLIENTS = "tonnage/client"  # a namespace with this label may call the servers
 PRIVATE_RANGES = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")
@@ -49,6 +52,7 @@ def values(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], se
         "pod_labels": labels | {"azure.workload.identity/use": "true"},
         "worker_labels": labels | {"azure.workload.identity/use": "true"},
         "annotations": _awaited(lock, workload),
+        "guard": _guard(workload) if is_guarded(secrets) else None,
         "service_annotations": _awaited(lock, workload) | ({INTERNAL: "true"} if serving.expose == "internal" else {}),
         "service_type": "LoadBalancer" if serving.expose == "internal" else "ClusterIP",
         "strategy": strategy(lock, workload),
@@ -67,6 +71,18 @@ def values(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], se
 def image(lock: Lock, workload: LockedWorkload) -> str:
     """vLLM for NVIDIA's GPUs, or for CPUs."""
     return lock.platform.images["vllm" if serving_of(workload).device == "gpu" else "vllm_cpu"]
+
+
+def is_guarded(secrets: Collection[str]) -> bool:
+    """Whether servers have an API key: then their whole port asks for it."""
+    return NEEDED_SECRETS["serve"]["VLLM_API_KEY"] in secrets
+
+
+def _guard(workload: LockedWorkload) -> Manifest:
+    """The ConfigMap of workloads/key_guard.py, named by what it says: another text is another object for other pods."""
+    text = program(GUARD)
+    name = f"{workload.name}-key-guard-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return {"name": name, "data": {f"{GUARD}.py": text}}
 
 
 def shares(workload: LockedWorkload) -> dict[str, bool]:
@@ -113,21 +129,26 @@ def _awaited(lock: Lock, workload: LockedWorkload) -> dict[str, str]:
 
 
 @cache
-def ready_program() -> str:
-    """The source of workloads/ready.py, which runs in the server's container."""
-    return (files("workloads") / "ready.py").read_text(encoding="utf-8")
+def program(name: str) -> str:
+    """The source of a module of workloads/ that runs in the server's container: ready, key_guard."""
+    return (files("workloads") / f"{name}.py").read_text(encoding="utf-8")
 
 
 def ready_command(workload: LockedWorkload) -> list[str]:
     """The readiness probe's command."""
-    return ["python3", "-c", ready_program(), str(PORT), workload.model]
+    return ["python3", "-c", program("ready"), str(PORT), workload.model]
 
 
 def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secrets: Collection[str]) -> Manifest:
     serving, timing = serving_of(workload), serving_timing(serving_of(workload))
     folders = {"models": MODELS, "adapters": ADAPTERS}
     own = [{"name": one["kind"], "mountPath": folders[one["kind"]], "readOnly": True} for one in mounted]
-    env = environment(workload, secrets)
+    env, guarded = environment(workload, secrets), is_guarded(secrets)
+    guards: list[Manifest] = []
+    if guarded:
+        env.append({"name": "PYTHONPATH", "value": GUARD_FOLDER})
+        own.append({"name": "key-guard", "mountPath": GUARD_FOLDER, "readOnly": True})
+        guards.append({"name": "key-guard", "configMap": {"name": _guard(workload)["name"]}})
     if serving.weights == "blob" and not _asks_hub(workload):
         env.append({"name": "HF_HUB_OFFLINE", "value": "1"})
     if serving.runtime_adapters:
@@ -144,7 +165,8 @@ def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secr
         "container": "vllm",
         "image": image(lock, workload),
         "command": ["vllm", "serve"],
-        "args": vllm_arguments(workload) + (group(serving.machines, "0") if serving.machines > 1 else []),
+        "args": vllm_arguments(workload, guarded=guarded)
+        + (group(serving.machines, "0") if serving.machines > 1 else []),
         "env": env,
         "port": PORT,
         "health": {
@@ -155,7 +177,10 @@ def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secr
         },
         "resources": resources(lock, workload, OWN_DISK_BYTES if serving.cache == "nvme" else serving.cache_bytes),
         "mounts": [*MOUNTS, *own],
-        "volumes": volumes(workload, serving.cache_bytes, mounted, NVME if serving.cache == "nvme" else None),
+        "volumes": [
+            *volumes(workload, serving.cache_bytes, mounted, NVME if serving.cache == "nvme" else None),
+            *guards,
+        ],
     }
 
 

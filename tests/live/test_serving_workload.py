@@ -39,6 +39,7 @@ from planner.plan.lock import Lock, LockedWorkload, lock_of
 from planner.stack import read_lock, stack_names
 from workloads.arguments import ADAPTERS, adapter_request, serving_of
 from workloads.render import render, vllm_arguments
+from workloads.server import GUARD_FOLDER
 from workloads.timing import serving_timing
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
@@ -47,7 +48,7 @@ MODEL = "tests/tiny-qwen3"  # written as a hub id, and a folder of the server's 
 # what vLLM refuses without a GPU; test_vllm_arguments holds that it does
 GPU_ONLY = ("--enable-sleep-mode",)
 # of the container: where its volumes are mounted, and what fills variables from secrets
-MOUNTS = ("/cache", ADAPTERS, "/tmp")
+MOUNTS = ("/cache", ADAPTERS, "/tmp", GUARD_FOLDER)
 SECRETS = {"api-key": KEY, "hf-token": "no-token"}
 # of the CPU build: one thread, since two that share a busy core wait for each other
 CPU = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
@@ -169,15 +170,21 @@ def server(folder: Path, lock: Lock) -> Iterator[Running]:
 def serving(folder: Path, lock: Lock, name: str, more: dict[str, str]) -> Iterator[Running]:
     """The server of a plan, once its startup probe is content, and gone with its processes afterwards."""
     (workload,) = lock.workloads
-    (deployment,) = (one for one in render(lock) if one["kind"] == "Deployment")
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    objects = render(lock)
+    (deployment,) = (one for one in objects if one["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
     assert container["command"] == ["vllm", "serve"]
     port = free_port()
     arguments = [
         f"--port={port}" if word == "--port=8000" else word for word in container["args"] if word not in GPU_ONLY
     ]
     for mount in MOUNTS:
-        (folder / mount[1:]).mkdir(exist_ok=True)
+        (folder / mount[1:]).mkdir(parents=True, exist_ok=True)
+    (guard,) = (one for one in objects if one["kind"] == "ConfigMap")
+    assert {"name": "key-guard", "configMap": {"name": guard["metadata"]["name"]}} in pod["volumes"]
+    for file, text in guard["data"].items():
+        (folder / GUARD_FOLDER[1:] / file).write_text(text, encoding="utf-8")
     environment = {**variables(container, folder), **CPU, **QUIET, **more, "PATH": os.environ["PATH"]}
     command = [sys.executable, str(HERE / "vllm_command.py"), "serve", *arguments, "--host=127.0.0.1"]
     start = time.monotonic()
@@ -282,18 +289,52 @@ def test_the_right_key_is_let_in_and_its_probes_and_metrics_need_none(server: Ru
         assert httpx.get(f"{server.url}{path}").status_code == 200
 
 
-def test_the_key_guards_v1_and_not_what_vllm_serves_beside_it(server: Running) -> None:
-    """Why who may reach the port is a matter of the network policy, and a gateway is given /v1 alone.
-
-    vLLM asks for the key below /v1, /v2, /inference and /cohere. When it asks for it here too, this fails: good news.
-    """
+@pytest.mark.parametrize("key", [None, "the-wrong-key"])
+def test_a_wrong_key_is_refused_beside_v1_too_where_vllm_itself_does_not_ask(server: Running, key: str | None) -> None:
     question = {"model": MODEL, "messages": HELLO, "max_tokens": 1}
-    assert server.post("/invocations", question, key=None).status_code == 200
-    assert server.post("/tokenize", {"model": MODEL, "prompt": "x"}, key=None).status_code == 200
-    # it goes and looks for the adapter, and says that there is none
-    looked = server.post("/adapters", {"name": "unasked", "src": f"{server.folder}/nowhere"}, key=None)
-    assert looked.status_code in (400, 404), looked.text
-    assert "unasked" not in [model.id for model in server.client().models.list()]
+    bodies: dict[str, dict[str, Any]] = {
+        "/invocations": question,
+        "/tokenize": {"model": MODEL, "prompt": "x"},
+        "/adapters": {"name": "unasked", "src": f"{server.folder}/nowhere"},
+    }
+    for path, body in bodies.items():
+        refused = server.post(path, body, key=key)
+        assert (refused.status_code, refused.json()) == (401, {"error": "Unauthorized"}), path
+    # the paths are there: the right key reaches them, and vLLM goes and looks for an adapter that is nowhere
+    told = {path: server.post(path, body).status_code for path, body in bodies.items()}
+    assert (told.pop("/adapters") in (400, 404), told) == (True, {"/invocations": 200, "/tokenize": 200})
+
+
+def test_of_all_paths_of_the_server_two_answer_without_the_key(server: Running) -> None:
+    """Asked of the server itself, by its OpenAPI document, so that a new vLLM's new path is asked too."""
+    told = httpx.get(f"{server.url}/openapi.json", headers={"Authorization": f"Bearer {KEY}"}).json()["paths"]
+    assert {"/health", "/invocations", "/tokenize", "/version", "/v1/chat/completions"} <= set(told)
+    answered = {
+        path: httpx.request(method.upper(), f"{server.url}{path}").status_code
+        for path, methods in {**told, "/metrics": ["get"], "/docs": ["get"], "/openapi.json": ["get"]}.items()
+        for method in methods
+    }
+    assert {path for path, status in answered.items() if status != 401} == {"/health", "/metrics"}
+    assert httpx.get(f"{server.url}/metrics/").status_code == 401
+
+
+def test_a_web_socket_without_the_key_is_refused_before_it_opens(server: Running) -> None:
+    asked = {
+        "Connection": "Upgrade",
+        "Upgrade": "websocket",
+        "Sec-WebSocket-Version": "13",
+        "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",  # of RFC 6455, 1.3
+    }
+    assert httpx.get(f"{server.url}/v1/realtime", headers=asked).status_code == 403
+    assert httpx.get(f"{server.url}/anywhere", headers=asked).status_code == 403
+
+
+def test_a_browser_may_ask_without_the_key_what_it_may_do_and_vllm_itself_says_nothing(server: Running) -> None:
+    asked = {"Origin": "http://localhost", "Access-Control-Request-Method": "POST"}
+    for path in ("/v1/chat/completions", "/invocations"):
+        answer = httpx.options(f"{server.url}{path}", headers=asked)
+        # no page of another origin is let in, unless --allowed-origins names it
+        assert (answer.status_code, answer.text) == (400, "Disallowed CORS origin")
 
 
 def test_the_metrics_that_the_alerts_ask_for_are_there(server: Running) -> None:

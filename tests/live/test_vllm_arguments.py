@@ -114,7 +114,7 @@ def server_lock(name: str) -> Lock:
 def check(parser: Any, workload: LockedWorkload) -> Any:
     """The parsed command line of a server, which says what the plan says."""
     assert workload.serving is not None
-    words = vllm_arguments(workload)
+    words = vllm_arguments(workload, guarded=True)
     parsed = parsed_of(parser, words)
     assert (parsed.model_tag, parsed.served_model_name, parsed.port) == (words[0], [workload.model], 8000)
     assert parsed.max_model_len == workload.context
@@ -124,6 +124,8 @@ def check(parser: Any, workload: LockedWorkload) -> Any:
     assert parsed.shutdown_timeout >= 30
     assert parsed.disable_access_log_for_endpoints == "/health,/metrics"
     assert parsed.api_key is None  # from the environment: a command line can be read by others
+    assert parsed.middleware == ["key_guard.KeyGuard"]
+    assert parsed_of(parser, vllm_arguments(workload)).middleware == []  # without a key there is none to ask for
     return parsed
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from workloads.server import ready_program
+from workloads.server import program
 
 KEY = "k-1"
 pytestmark = pytest.mark.skipif(not Path("/proc/1/stat").exists(), reason="it runs in a container on Linux")
@@ -66,7 +66,7 @@ def server() -> Iterator[Server]:
 def look(port: int, folder: Path, key: str = KEY) -> subprocess.CompletedProcess[str]:
     """One look of the kubelet's, as the manifest's command runs it."""
     environment = {"PATH": os.environ["PATH"], "READY_FOLDER": str(folder), "VLLM_API_KEY": key}
-    command = [sys.executable, "-c", ready_program(), str(port), "qwen3-8b"]
+    command = [sys.executable, "-c", program("ready"), str(port), "qwen3-8b"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -76,7 +77,8 @@ def test_a_fallback_is_second_choice_for_pods_and_for_the_autoscaler() -> None:
 
 
 def test_without_a_fallback_there_is_no_order_of_pools() -> None:
-    assert "ConfigMap" not in [m["kind"] for m in objects(shipped("dev-32k")[1])]
+    names = [m["metadata"]["name"] for m in objects(shipped("dev-32k")[1]) if m["kind"] == "ConfigMap"]
+    assert [name for name in names if "autoscaler" in name] == []
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -403,6 +405,48 @@ def test_a_server_that_can_sleep_is_told_so() -> None:
     assert "DEV_MODE" not in str(served_with())
 
 
+# ----------------------------------------------------------------------------------------------------------- its key
+
+
+def test_a_server_with_a_key_asks_for_it_on_its_whole_port() -> None:
+    made = served_with()
+    guard = found(made, "ConfigMap", "serve-key-guard-")
+    text = (Path(render.__code__.co_filename).parent / "key_guard.py").read_text(encoding="utf-8")
+    assert (guard["immutable"], guard["data"]) == (True, {"key_guard.py": text})
+    # another text is another object, so that a pod never reads another than its template means
+    assert guard["metadata"]["name"] == f"serve-key-guard-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    assert logical_name(guard) == f"configmap-{guard['metadata']['name']}"
+    assert made.index(guard) < made.index(found(made, "Deployment"))
+    pod = server_of(made)
+    container = pod["containers"][0]
+    assert container["args"].count("--middleware=key_guard.KeyGuard") == 1
+    assert {"name": "PYTHONPATH", "value": "/etc/tonnage"} in container["env"]
+    assert {"name": "key-guard", "mountPath": "/etc/tonnage", "readOnly": True} in container["volumeMounts"]
+    assert {"name": "key-guard", "configMap": {"name": guard["metadata"]["name"]}} in pod["volumes"]
+
+
+@pytest.mark.parametrize("secrets", [(), ("hf-token",)])
+def test_a_server_without_a_key_has_nothing_to_ask_for(secrets: tuple[str, ...]) -> None:
+    made = render(shipped("dev-32k")[1], secrets)
+    text = str(made)
+    assert "key_guard" not in text
+    assert "key-guard" not in text
+    assert "PYTHONPATH" not in text
+
+
+def test_of_several_machines_the_one_that_answers_asks_for_the_key() -> None:
+    template = found(objects(over_machines()), "LeaderWorkerSet")["spec"]["leaderWorkerTemplate"]
+    words = {part: template[part]["spec"]["containers"][0]["args"] for part in ("leaderTemplate", "workerTemplate")}
+    assert "--middleware=key_guard.KeyGuard" in words["leaderTemplate"]
+    assert "--middleware=key_guard.KeyGuard" not in words["workerTemplate"]
+    assert "--headless" in words["workerTemplate"]
+
+
+def test_training_has_no_key_and_asks_for_none() -> None:
+    (job,) = [m for m in objects(shipped("dev-32k")[1]) if m["kind"] == "Job"]
+    assert "guard" not in str(job)
+
+
 def test_a_machine_s_metadata_is_out_of_reach() -> None:
     policy = found(objects(shipped("dev-32k")[1]), "NetworkPolicy", "names-and-tls")["spec"]["egress"]
     assert policy[1]["to"][0]["ipBlock"]["except"] == ["169.254.0.0/16", "168.63.129.16/32"]
@@ -633,7 +677,7 @@ def test_whatever_is_planned_leaves_to_others_what_is_theirs(lock: Lock) -> None
 def test_whatever_is_planned_is_parsed_back_as_it_was_meant(lock: Lock) -> None:
     made = objects(lock)
     pod, workload = server_of(made), lock.workloads[0]
-    assert pod["containers"][0]["args"] == vllm_arguments(workload)
+    assert pod["containers"][0]["args"] == vllm_arguments(workload, guarded=True)
     assert all(isinstance(word, str) for word in pod["containers"][0]["args"])
 
 
