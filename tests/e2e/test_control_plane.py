@@ -359,11 +359,13 @@ def test_no_process_outlives_a_test_that_is_killed(tmp_path: Path, running: Cont
         [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "plane")], stdout=subprocess.PIPE
     )
     assert child.stdout is not None
-    with child.stdout:
-        assert child.stdout.readline() == b"up\n"
-    assert len(_processes_of(tmp_path)) == 5
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    try:
+        with child.stdout:
+            assert child.stdout.readline() == b"up\n"
+        assert len(_processes_of(tmp_path)) == 5
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
     until = time.monotonic() + 20
     while _processes_of(tmp_path) and time.monotonic() < until:
         time.sleep(0.1)
