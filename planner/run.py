@@ -18,6 +18,7 @@ from planner.catalog.prices import PriceSheet, Priority, load_sheet
 from planner.cost.spot import Overhead, SpotRisk, training_overhead
 from planner.errors import PlannerError
 from planner.fit import PRICED_IN, demand, with_context, with_gpus
+from planner.memory.finetune_settings import SHARDED
 from planner.memory.training import FinetuneSettings, TrainingMemory
 from planner.model import Frozen, ModelSpec
 from planner.performance.training import SpeedRange, TrainingSpeed, training_speed
@@ -166,10 +167,9 @@ def checkpoint_bytes(memory: TrainingMemory) -> int:
     settings = memory.settings
     parts = {part.name: part.expected_bytes for part in memory.estimate.components}
     trained = parts.get("weights", 0) if settings.method == "full" else parts.get("adapters", 0)
-    sharded = settings.parallelism in ("zero3", "fsdp", "fsdp2")
     n = settings.n_gpus
     state = parts.get("optimizer state", 0) * (n if settings.parallelism not in ("none", "ddp") else 1)
-    return trained * (n if sharded else 1) + state
+    return trained * (n if settings.parallelism in SHARDED else 1) + state
 
 
 def checkpoint_hours(size_bytes: int) -> tuple[float, float, float]:

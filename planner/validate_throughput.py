@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from planner.catalog.engines import parse_version
 from planner.catalog.hardware import Gpu, gpu
-from planner.catalog.serving_speed import SpeedEngine, speed_engine
+from planner.catalog.serving_speed import SpeedEngine, matmul_peak, speed_engine
 from planner.errors import NotModelled, PlannerError
 from planner.memory.serving import ServingSettings
 from planner.model import ModelSpec
@@ -470,7 +470,7 @@ def limits_of(found: Benchmark, running: Server) -> Limits:
 
 def predicted(found: Benchmark) -> tuple[dict[str, float], bool]:
     """Every figure that a benchmark prints, in the units of the table, and whether the server was saturated."""
-    running, served = replay(found, keep_steps=True)
+    running, served = replay(found)
     return figures(found, served, running.speeds.floor), saturated(found, served)
 
 
@@ -574,8 +574,6 @@ def check_light(found: Benchmark, running: Server) -> None:
 
 def ideal_speeds(running: Server) -> Speeds:
     """The data sheet's rates without any overhead."""
-    from planner.catalog.serving_speed import matmul_peak
-
     card = running.card
     narrow = matmul_peak(card, running.speed.kernel)
     rate = card.bandwidth_bytes_per_s

@@ -28,12 +28,10 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from planner.catalog.hardware import Gpu  # noqa: E402
-from planner.catalog.serving_speed import KERNELS, architecture, matmul_peak, schedules_ahead  # noqa: E402
+from planner.catalog.serving_speed import KERNELS, matmul_peak, schedules_ahead  # noqa: E402
 from planner.errors import PlannerError  # noqa: E402
-from planner.memory.weights import weight_scheme  # noqa: E402
-from planner.performance.server import grouped_share, kernel_of  # noqa: E402
-from planner.performance.simulate import simulate  # noqa: E402
-from planner.performance.step import UNBOUNDED, Speeds, Window, Work, step_parts, work_of  # noqa: E402
+from planner.performance.server import grouped_share  # noqa: E402
+from planner.performance.step import UNBOUNDED, Speeds, Window, Work, step_parts  # noqa: E402
 from planner.validate import load_rows  # noqa: E402
 from planner.validate_throughput import (  # noqa: E402
     COLUMNS,
@@ -41,7 +39,7 @@ from planner.validate_throughput import (  # noqa: E402
     benchmark,
     check_light,
     groups,
-    limits_of,
+    replay,
     saturated,
 )
 
@@ -81,12 +79,8 @@ def replayed(found: Benchmark) -> Run:
     """The schedule of a benchmark, its steps gathered into bins of like ones."""
     if found.rate_per_s is not None:
         raise PlannerError("which requests meet depends on how long steps take: not a fixed sum of step times")
-    running = found.server
+    running, served = replay(found, keep_steps=True)
     check_light(found, running)
-    served = simulate(
-        running.step, found.prompts, found.outputs, limits_of(found, running), concurrency=found.concurrency,
-        keep_steps=True,
-    )  # fmt: skip
     steps = np.array(served.steps, dtype=float)
     decode, context, prefill, pairs, sampled, count, _, waiting, decoding, slowness = steps.T
     gaps = max(sum(found.outputs) - len(found.outputs), 1)
@@ -102,20 +96,12 @@ def replayed(found: Benchmark) -> Run:
     bins = np.stack(
         [np.bincount(place, weights=count * x) / size for x in (decode, context, prefill, pairs, sampled)], 1
     )
-    scheme = weight_scheme(found.spec, found.settings.quantization)
     version = found.settings.engine_version or "0.32"
     return Run(
         found=found,
-        work=work_of(
-            found.spec,
-            scheme,
-            tensor_parallel_size=found.settings.tensor_parallel_size,
-            kv_cache_dtype=found.settings.kv_cache_dtype,
-            compute_capability=found.card.capability,
-            engine_version=found.settings.engine_version,
-        ),
-        kernel=kernel_of(found.spec, scheme, found.card),
-        architecture=architecture(found.card),
+        work=running.work,
+        kernel=running.speed.kernel,
+        architecture=running.speed.architecture,
         asynchronous=schedules_ahead(found.engine, version) if found.asynchronous is None else found.asynchronous,
         bins=bins,
         weights=np.stack([np.bincount(place, weights=w) for w in weights.T], 1),

@@ -25,6 +25,7 @@ Optimizer = Literal[
     "none",
 ]
 Parallelism = Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2"]
+SHARDED: tuple[Parallelism, ...] = ("zero3", "fsdp", "fsdp2")  # a GPU holds only its part of the weights
 Offload = Literal["optimizer", "parameters", "activations"]
 Width = Literal["bf16", "fp16", "fp32"]
 BaseQuantization = Literal["nf4", "nf4-double", "gptq4", "gptq8", "int8"]
@@ -138,7 +139,7 @@ def resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool
         raise PlannerError(
             "fp16 weights cannot be trained in full, their gradients leave its range: use --weights-dtype bf16 or fp32"
         )
-    if "parameters" in settings.offload and settings.parallelism not in ("zero3", "fsdp", "fsdp2"):
+    if "parameters" in settings.offload and settings.parallelism not in SHARDED:
         raise PlannerError("parameters are offloaded only by --parallelism zero3, fsdp or fsdp2: choose one of them")
     if settings.attention == "flash" and not flash:
         raise PlannerError(

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from planner.catalog.trainers import constant
 from planner.memory.activations import HeadShape, LayerShape, StepSettings, layer_shape
 from planner.memory.estimate import Component, MemoryEstimate, exact
-from planner.memory.finetune_settings import FinetuneSettings, Run, resolve
+from planner.memory.finetune_settings import SHARDED, FinetuneSettings, Run, resolve
 from planner.memory.head_tape import play_head
 from planner.memory.layer_tape import play_layer
 from planner.memory.tape import StepBytes, run
@@ -255,7 +255,7 @@ def _instants(job: Run, static: Static, tapes: _Tapes) -> tuple[Instant, ...]:
 
 
 def _grad_shards(job: Run) -> int:
-    return job.settings.n_gpus if job.settings.parallelism in ("zero2", "zero3", "fsdp", "fsdp2") else 1
+    return job.settings.n_gpus if job.settings.parallelism in (*SHARDED, "zero2") else 1
 
 
 # --- the answer -------------------------------------------------------------------------------------------------------

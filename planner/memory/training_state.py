@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from planner.catalog.engines import cublas_workspace_bytes
 from planner.catalog.trainers import constant
-from planner.memory.finetune_settings import BaseQuantization, Optimizer, Run
+from planner.memory.finetune_settings import SHARDED, BaseQuantization, Optimizer, Run
 from planner.model import Tensor, adapter_parameters, lora_targets
 
 
@@ -37,8 +37,8 @@ def static_bytes(job: Run) -> Static:
     # modules_to_save keeps the frozen original and trains a copy
     copies = embeddings * job.weight_itemsize if s.trained_embeddings and not job.trains_all else 0
     n = s.n_gpus
-    zero3 = s.parallelism in ("zero3", "fsdp", "fsdp2")
-    shard_weights = n if zero3 else 1
+    sharded = s.parallelism in SHARDED
+    shard_weights = n if sharded else 1
     weights = -(-base // shard_weights) + -(-copies // shard_weights)
     adapter_bytes = adapters * job.adapter_itemsize
     trained: list[tuple[int, int]] = [(adapters, job.adapter_itemsize), (trained_base, job.weight_itemsize)]
@@ -56,10 +56,10 @@ def static_bytes(job: Run) -> Static:
         scratch = 4 * count  # the fp32 copy of the partition's gradients
         if job.trains_all:
             weights = -(-2 * spec.parameter_count // shard_weights)
-    shard_state = n if zero3 or s.parallelism in ("zero1", "zero2") else 1
+    shard_state = n if sharded or s.parallelism in ("zero1", "zero2") else 1
     optimizer = -(-optimizer // shard_state)
     scratch = -(-scratch // shard_state)
-    if zero3 or s.parallelism == "zero2":
+    if sharded or s.parallelism == "zero2":
         gradients = -(-gradients // n)
     adapter_bytes = -(-adapter_bytes // shard_weights)
     buckets = 0
@@ -77,7 +77,7 @@ def static_bytes(job: Run) -> Static:
         largest = max((t.elements for t in spec.tensors), default=0)
         gradients = scratch = 0
         buckets += largest * job.weight_itemsize * (2 if job.optimizer == "adamw_torch" else 1)
-    root, layer = _gathered_bytes(job) if zero3 else (0, 0)
+    root, layer = _gathered_bytes(job) if sharded else (0, 0)
     reference = 0
     if s.task == "dpo" and job.trains_all:
         width = 2 if s.parallelism.startswith("zero") else job.weight_itemsize

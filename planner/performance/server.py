@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from planner.catalog.engines import default_engine_version
-from planner.catalog.hardware import Gpu, VmSku, gpu_of, link_bytes_per_s
+from planner.catalog.hardware import Gpu, VmSku, link_bytes_per_s
 from planner.catalog.serving_speed import (
     Kernel,
     ServingSpeed,
@@ -137,7 +137,6 @@ def link_of(size: VmSku, tensor_parallel_size: int) -> Link | None:
             " choose another --tp or size"
         )
     pcie = size.topology == "pcie" or (size.topology == "nvlink-pairs" and tensor_parallel_size > 2)
-    assert gpu_of(size) is not None
     return Link(kind="pcie" if pcie else "nvlink", bytes_per_s=rate)
 
 

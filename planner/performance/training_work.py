@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from planner.catalog.training_speed import speed_constants
 from planner.errors import NotModelled
 from planner.memory.activations import LayerShape, layer_shape
-from planner.memory.finetune_settings import Run
+from planner.memory.finetune_settings import SHARDED, Run
 from planner.memory.training_state import Static, adapter_tensors, base_weight_bytes, static_bytes
 from planner.model import LayerGroup, ModelSpec, Tensor
 
 _PASSES = ("attention", "mlp", "expert", "shared_expert", "router")
-SHARDED = ("fsdp", "fsdp2", "zero3")
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ START_SECONDS = 300.0
 def served(model: Path, adapter: Path, log: Path) -> Iterator[str]:
     """vLLM with base and adapter; its address."""
     port = free_port()
-    command = [sys.executable, Path(__file__).with_name("vllm_cpu.py"), "serve", str(model), "--served-model-name=base"]
-    command += ["--enable-lora", f"--lora-modules=tuned={adapter}", "--max-lora-rank=32", "--max-model-len=256"]
-    command += ["--enforce-eager", f"--port={port}", "--host=127.0.0.1", "--max-num-seqs=2"]
+    command = [sys.executable, Path(__file__).with_name("vllm_command.py"), "serve", str(model)]
+    command += ["--served-model-name=base", "--enable-lora", f"--lora-modules=tuned={adapter}", "--max-lora-rank=32"]
+    command += ["--max-model-len=256", "--enforce-eager", f"--port={port}", "--host=127.0.0.1", "--max-num-seqs=2"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("w") as out:
         process = subprocess.Popen(
