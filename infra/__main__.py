@@ -85,7 +85,7 @@ def main() -> None:
             subscription_id=caller.subscription_id,
             nodes_subnet_id=network.nodes_subnet_id,
             endpoints=network.endpoints,
-            grants=[*grants(identities.workloads), *people_grants(groups, caller.object_id, caller_type)],
+            grants=[*grants(identities.workloads, lock), *people_grants(groups, caller.object_id, caller_type)],
             protect=protect,
             allowed_networks=intent.access.authorized_ip_ranges,
         ),

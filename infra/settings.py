@@ -60,12 +60,13 @@ def tasks(lock: Lock) -> tuple[str, ...]:
     return tuple(sorted({workload.task for workload in lock.workloads}))
 
 
-def grants(identities: Mapping[str, managedidentity.UserAssignedIdentity]) -> list[Grant]:
+def grants(identities: Mapping[str, managedidentity.UserAssignedIdentity], lock: Lock) -> list[Grant]:
     """Which blobs each kind of workload may read or write: servers read, training writes what it makes."""
+    whole = any(workload.settings.get("method") == "full" for workload in lock.workloads)
     rights = {
         "serve": {"models": "Reader", "adapters": "Reader"},
         "finetune": {
-            "models": "Reader",
+            "models": "Contributor" if whole else "Reader",
             "datasets": "Reader",
             "checkpoints": "Contributor",
             "adapters": "Contributor",

@@ -364,12 +364,15 @@ def render(
         str | None, Option("-o", "--output", metavar="DIR", help="A file an object in this folder.")
     ] = None,
     explain: Annotated[bool, Option("--explain", help="Where every argument, probe and limit comes from.")] = False,
+    emit: Annotated[
+        Literal["axolotl", "unsloth"] | None, Option(help="Its fine-tuning runs for this trainer instead.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The Kubernetes manifests of a stack's plan, as `pulumi up` applies them."""
     from planner import manifests
 
-    manifests.render(stack, output, explain=explain, as_json=as_json)
+    manifests.render(stack, output, explain=explain, as_json=as_json, emit=emit)
 
 
 @app.command()

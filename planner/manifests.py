@@ -1,4 +1,7 @@
-"""`planner render`: a stack's Kubernetes manifests on stdout or in a folder, and where their values come from."""
+"""`planner render`: a stack's Kubernetes manifests on stdout or in a folder, and where their values come from.
+
+Also its fine-tuning runs as another trainer's configuration.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -22,20 +25,30 @@ if TYPE_CHECKING:
 HEAD = "# written by planner render; what stands as ${NAME} only Azure knows\n"
 
 
-def render(stack: str, output: str | None, *, explain: bool, as_json: bool) -> None:
-    """Print or write the manifests of a stack's plan. PlannerError for a plan that must not be applied."""
+def render(
+    stack: str, output: str | None, *, explain: bool, as_json: bool, emit: Literal["axolotl", "unsloth"] | None = None
+) -> None:
+    """Print or write the manifests of a stack's plan. PlannerError for a plan that must not be applied.
+
+    emit: the configurations of its fine-tuning runs for that trainer instead
+    """
+    if emit and (explain or as_json):
+        raise PlannerError("--emit writes another trainer's configuration: drop --explain and --json")
     if output and (explain or as_json):
         raise PlannerError("-o writes manifests and prints nothing else: drop --explain and --json, or -o")
     file = read_stack(stack)
     lock = file.lock
     check_lock(lock, file.intent, f"{file.path}, {PLAN_KEY}", file.stack)
+    if emit:
+        _emit(lock, emit, output, file.stack)
+        return
     secrets = _secrets(lock, file.config)
     if explain:
         _explain(lock, secrets, as_json=as_json)
         return
     made = _made(lock, secrets)
     if output:
-        _write(made, Path(output))
+        _write(made, output)
     elif as_json:
         put(json.dumps(made, indent=2) + "\n")
     else:
@@ -87,11 +100,17 @@ def _block(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _block)
 
 
-def _write(made: list[Manifest], folder: Path) -> None:
-    """A file an object, numbered in the order to apply them; files of an earlier run that are no longer made go."""
+def _folder(output: str) -> Path:
+    folder = Path(output)
     if folder.exists() and not folder.is_dir():
         raise PlannerError(f"{folder} is a file: name a folder")
     folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _write(made: list[Manifest], output: str) -> None:
+    """A file an object, numbered in the order to apply them; files of an earlier run that are no longer made go."""
+    folder = _folder(output)
     old = {
         path for path in folder.glob("*.yaml") if path.read_text(encoding="utf-8", errors="replace").startswith(HEAD)
     }
@@ -104,6 +123,32 @@ def _write(made: list[Manifest], folder: Path) -> None:
     for path in old - set(written):
         path.unlink()
     put(f"{len(written)} manifests are in {folder}\n")
+
+
+def _emit(lock: Lock, trainer: Literal["axolotl", "unsloth"], output: str | None, stack: str) -> None:
+    """A configuration a run; data and results lie beside, in folders that are called like the containers."""
+    with _whole_clone():
+        from workloads.finetune.emit import emit
+        from workloads.training import planned_runs
+    made = {
+        planned.run.name: emit(planned.config, trainer)
+        for workload in lock.workloads
+        if workload.task == "finetune"
+        for planned in planned_runs(lock, workload, desk=True, trainer=trainer)
+    }
+    if not made:
+        raise PlannerError(
+            f"{stack} trains nothing: add a workload of kind finetune to its intent, or name another stack"
+        )
+    if output is None:
+        put(
+            "---\n".join(f"# {name}: written by planner render --emit {trainer}\n{said}" for name, said in made.items())
+        )
+        return
+    folder = _folder(output)
+    for name, said in made.items():
+        write_atomically(folder / f"{trainer}-{name}.yaml", said)
+    put(f"{len(made)} configuration{'s' if len(made) > 1 else ''} for {trainer} in {folder}\n")
 
 
 def _explain(lock: Lock, secrets: Collection[str], *, as_json: bool) -> None:

@@ -98,7 +98,25 @@ def lock_plan(done: Planned, *, dry_run: bool) -> Written | None:
     """
     if done.stack is None or over_budget(done.plans[0], done.intents[0]):
         return None
-    return write_lock(done.stack, lock_for(done.plans[0], done.intents[0], done.stack.strip()), dry_run=dry_run)
+    lock = lock_for(done.plans[0], done.intents[0], done.stack.strip())
+    _check_recipes(lock)
+    return write_lock(done.stack, lock, dry_run=dry_run)
+
+
+def _check_recipes(lock: Lock) -> None:
+    """PlannerError for a recipe that the fine-tuning program refuses.
+
+    What it does not train at all is told and may be planned: another trainer does.
+    """
+    from workloads.finetune.from_plan import NotTrained
+    from workloads.training import planned_runs
+
+    for workload in lock.workloads:
+        if workload.task == "finetune":
+            try:
+                planned_runs(lock, workload)
+            except NotTrained as error:
+                print(f"planner: {error}; `pulumi up` refuses this plan until then", file=sys.stderr)
 
 
 def lock_for(plan: Plan, intent: Intent, stack: str) -> Lock:

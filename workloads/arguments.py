@@ -111,8 +111,9 @@ def vllm_arguments(workload: LockedWorkload, *, guarded: bool = False) -> list[s
 
 
 def gpus_of_pod(workload: LockedWorkload) -> int:
-    """GPUs of one pod: all of a replica's, or those of one of its machines."""
-    return workload.gpus // (workload.serving.machines if workload.serving else 1)
+    """GPUs of one pod: all of a replica's or run's, or those of one of its machines."""
+    kept = workload.serving or workload.training
+    return workload.gpus // (kept.machines if kept else 1)
 
 
 def adapter_request(name: str, folder: str) -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
 
 from planner.plan.lock import Lock, LockedWorkload
+from planner.plan.serving import Serving
 from planner.units import format_gib
 from workloads import server, training
 from workloads.arguments import explained_arguments, serving_of
-from workloads.pods import ALL_SECRETS, GPU, NEEDED_SECRETS, place, resources, secrets_of
-from workloads.timing import LEAST_DRAIN_SECONDS, PROBE_SECONDS, serving_timing
+from workloads.finetune import INTERRUPTED, REFUSED
+from workloads.finetune.from_plan import training_of
+from workloads.pods import ALL_SECRETS, GPU, NEEDED_SECRETS, OWN_DISK_BYTES, place, resources, secrets_of
+from workloads.timing import DEADLINE_FACTOR, LEAST_DRAIN_SECONDS, PROBE_SECONDS, serving_timing, training_timing
 
 
 class Explained(NamedTuple):
-    """A value of a manifest and its reason. part: argument, probe, stop, place, resources, storage, secret, access."""
+    """A value of a manifest and its reason. part: argument, run, setting, probe, stop, retry, place, storage ..."""
 
     part: str
     value: str
@@ -23,7 +26,10 @@ class Explained(NamedTuple):
 
 def explain(lock: Lock, workload: LockedWorkload, secrets: Collection[str] = ALL_SECRETS) -> list[Explained]:
     """Every argument, probe and limit of a workload, in the order of its manifest."""
-    found = [Explained("image", _image(lock, workload), "pinned by platform.json when the plan was made")]
+    why = "pinned by platform.json when the plan was made"
+    if workload.task == "finetune":
+        why = "built in the stack's registry from infra/images/train, its tag made of what it is built from"
+    found = [Explained("image", _image(lock, workload), why)]
     if workload.task == "serve":
         guarded = server.is_guarded(secrets)
         found += [
@@ -37,10 +43,8 @@ def explain(lock: Lock, workload: LockedWorkload, secrets: Collection[str] = ALL
         found += _times(workload)
         found += _server(lock, workload, guarded)
     else:
-        found += [
-            Explained("argument", f"--{name}={value}", training.reason(name))
-            for name, value in training.options(lock, workload, "RUN").items()
-        ]
+        found += _runs(lock, workload)
+        found += _job(workload)
     found += _common(lock, workload, secrets)
     return found
 
@@ -81,6 +85,105 @@ def _times(workload: LockedWorkload) -> list[Explained]:
             f"{serving.machine_seconds} s for a machine to come, and the startup probe's time",
         ),
     ]
+
+
+# by field of the run's configuration: where its value comes from
+_RUN_REASONS = {
+    "run": "the Job's run, and digits of what it learns: of its checkpoints and its result",
+    "model": "the workload's checkpoint: from the hub, or by `weights: blob` from the container `models`",
+    "max_length": "the workload's context: the memory receipt rests on it",
+    "data.train": "the recipe's, or train.jsonl in the folder of the run, in the container `datasets`",
+    "weights": "what the card computes in",
+    "precision": "what the card computes in",
+    "gpus": "GPUs of one machine: a process each",
+    "nodes": "machines of one run",
+    "checkpoints.folder": "the pod's own disk",
+    "checkpoints.every_seconds": "by the eviction rate and what a checkpoint costs (Daly), or half an hour",
+    "checkpoints.keep": "storage.checkpoints_kept of the intent, which the bill counts",
+    "checkpoints.mirror": "a pod that is evicted loses its disk: the next one goes on from here",
+    "result": "the pod's own disk",
+    "upload": "where the result is kept",
+    "scratch": "inputs from Blob, on the pod's own disk",
+    "predicted.allocated_bytes": "the memory receipt without allocator slack and CUDA context",
+    "predicted.flops_per_second": "the card's dense peak in 16 bits, for the MFU",
+}
+# what the plan says and the memory receipt rests on
+_RECEIPT = frozenset(
+    [
+        "task",
+        "method",
+        "micro_batch",
+        "gradient_accumulation_steps",
+        "optimizer",
+        "lora_rank",
+        "lora_dropout",
+        "lora_targets",
+        "base_quantization",
+        "gradient_checkpointing",
+        "attention",
+        "loss",
+    ]
+)
+
+
+def _runs(lock: Lock, workload: LockedWorkload) -> list[Explained]:
+    """Every run, and the configuration: of the first whole, of the others what differs."""
+    first, *others = training.planned_runs(lock, workload)
+    found = [
+        Explained("argument", f"{training.CONFIG}/{training.CONFIG_FILE}", "the settings below, from a ConfigMap"),
+        Explained("run", first.id, "a Job of its own, suspended until somebody starts it"),
+    ]
+    common = training.flat(first.config.model_dump(mode="json", exclude_none=True))
+    found += _settings(first, common)
+    for one in others:
+        said = training.flat(one.config.model_dump(mode="json", exclude_none=True))
+        found.append(Explained("run", one.id, "a Job of its own, with these settings otherwise"))
+        found += _settings(one, {name: value for name, value in said.items() if common.get(name) != value})
+    return found
+
+
+def _settings(planned: training.Planned, said: Mapping[str, Any]) -> list[Explained]:
+    chosen = training.flat(planned.run.recipe)
+
+    def reason(name: str) -> str:
+        if name in _RECEIPT:
+            return "the plan's: the memory receipt rests on it"
+        return _RUN_REASONS.get(name, "the recipe's" if name in chosen else "the program's default")
+
+    return [Explained("setting", f"{name}: {value}", reason(name)) for name, value in said.items() if name != "version"]
+
+
+def _job(workload: LockedWorkload) -> list[Explained]:
+    kept = training_of(workload)
+    timing = training_timing(workload, kept)
+    micro = "two minutes" if kept.micro_batch_seconds is None else f"{kept.micro_batch_seconds:.0f} s"
+    found = [
+        Explained(
+            "stop",
+            f"terminationGracePeriodSeconds: {timing.grace_seconds}",
+            f"a micro batch ({micro} at most), {kept.save_seconds} s and {format_gib(workload.checkpoint_bytes)} of"
+            " checkpoint to disk and to Blob; a spot machine gives half a minute and no more",
+        ),
+        Explained(
+            "stop",
+            f"activeDeadlineSeconds: {timing.deadline_seconds}",
+            f"{DEADLINE_FACTOR} x the {workload.hours_per_month:f} hours that a month pays for",
+        ),
+        Explained("retry", "DisruptionTarget: Ignore", "an eviction spends no attempt"),
+        Explained("retry", f"exit code {REFUSED}: FailJob", "configuration, data or memory: it would fail again"),
+        Explained("retry", f"exit code {INTERRUPTED}: Ignore", "stopped with a checkpoint: it goes on"),
+        Explained(
+            "retry",
+            f"backoffLimit: {training.RETRIES * kept.machines}",
+            "of what a retry may cure" + (", for each machine" if kept.machines > 1 else ""),
+        ),
+    ]
+    if kept.queue:
+        found.append(Explained("queue", kept.queue, "Kueue's LocalQueue, which starts the run when there is room"))
+    if kept.machines > 1:
+        why = "the first pod's name, by a Service without an address; a NetworkPolicy lets a run's machines talk"
+        found.append(Explained("environment", "MASTER_ADDR", why))
+    return found
 
 
 def _server(lock: Lock, workload: LockedWorkload, guarded: bool) -> list[Explained]:
@@ -125,9 +228,9 @@ def _server(lock: Lock, workload: LockedWorkload, guarded: bool) -> list[Explain
 def _common(lock: Lock, workload: LockedWorkload, secrets: Collection[str]) -> list[Explained]:
     where = place(lock, workload)
     pools = ", then ".join(where["pools"]) if where["preferred"] else ", ".join(where["pools"])
-    serving = workload.serving
-    disk = serving.cache_bytes if serving else training.disk_bytes(lock, workload)
-    asked = resources(lock, workload, disk)
+    kept = workload.serving or training_of(workload)
+    disk = kept.cache_bytes if isinstance(kept, Serving) else kept.disk_bytes
+    asked = resources(lock, workload, disk if kept.cache == "disk" else OWN_DISK_BYTES)
     shares = lock.platform.shares
     found = [
         Explained("place", pools, "the plan's pools of this workload: selected by name, their taints tolerated"),
@@ -148,9 +251,10 @@ def _common(lock: Lock, workload: LockedWorkload, secrets: Collection[str]) -> l
 
 
 def _cache_reason(workload: LockedWorkload) -> str:
+    kept = workload.serving or training_of(workload)
+    where = ", on the machine's NVMe disks" if kept.cache == "nvme" else ""
     if workload.serving is None:
-        return "the base model's files, and compiled code"
+        return f"the base model's files, checkpoints, the result, and 20 GiB for data and compiled code{where}"
     if workload.serving.weights == "blob":
         return "compiled code; the weights are read from their mount"
-    where = ", on the machine's NVMe disks" if workload.serving.cache == "nvme" else ""
     return f"the weights and a tenth, and 8 GiB for compiled code{where}"

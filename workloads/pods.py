@@ -12,6 +12,8 @@ NAMESPACE, GPU_NAMESPACE = "tonnage", "gpu-system"
 SPOT_KEY = "kubernetes.azure.com/scalesetpriority"
 POOL_KEY = "kubernetes.azure.com/agentpool"
 GPU = "nvidia.com/gpu"
+NVME = "tonnage-nvme"  # StorageClass of the machine's own NVMe disks
+OWN_DISK_BYTES = 8 << 30  # of the system disk, where the cache lies elsewhere: logs, and what programs write beside it
 USER = 10001  # of the training image too; above 10,000 so that it is nobody on the machine
 # variable -> secret of the vault, by kind of workload: nobody mounts what is not theirs
 NEEDED_SECRETS = {
@@ -93,7 +95,7 @@ def environment(workload: LockedWorkload, secrets: Collection[str]) -> list[Mani
         "HOME": "/cache",
         "USER": "tonnage",  # PyTorch's compiler asks for a user's name, and the number has none in the image
         "HF_HOME": "/cache/huggingface",
-        "VLLM_CACHE_ROOT": "/cache/vllm",
+        **({"VLLM_CACHE_ROOT": "/cache/vllm"} if workload.task == "serve" else {}),
         "TORCHINDUCTOR_CACHE_DIR": "/cache/inductor",
         "TRITON_CACHE_DIR": "/cache/triton",
     }

@@ -24,6 +24,7 @@ from workloads.pods import (
     GPU,
     GPU_NAMESPACE,
     NAMESPACE,
+    NVME,
     Manifest,
     labels_of,
     secret_name,
@@ -58,17 +59,21 @@ def render(lock: Lock, secrets: Collection[str] = ALL_SECRETS) -> list[Manifest]
     """
     found = [
         *_made("namespaces", namespaces=_namespaces(lock)),
-        *(_made("nvme", name=server.NVME) if any(_on_nvme(workload) for workload in lock.workloads) else []),
+        *(_made("nvme", name=NVME) if any(_on_nvme(workload) for workload in lock.workloads) else []),
         *_made("scaling", priorities=_priorities(lock)),
         *(_made("gpu", **_gpu_agents(lock)) if _has_gpus(lock) else []),
         *_made("boundaries", namespace=NAMESPACE, gpus=str(sum(p.max_nodes * p.gpus_per_node for p in lock.pools))),
     ]
+    program = training.program_map() if any(workload.task == "finetune" for workload in lock.workloads) else None
+    found += [] if program is None else _made("program", **program)
     for workload in lock.workloads:
-        own = [*_identity(workload, secrets), *_shares(workload)]
+        own = _identity(workload, secrets)
         if workload.task == "serve":
+            own += _shares(workload)
             own += _made("server", **server.values(lock, workload, _share_names(workload), secrets))
-        else:
-            own.append(_run(lock, workload, secrets))
+        elif program is not None:
+            for run in training.planned_runs(lock, workload):
+                own += _run(lock, workload, run, secrets, program["name"])
         found += [_labelled(one, labels_of(workload)) for one in own]
     return [_labelled(one, PART_OF) for one in found]
 
@@ -108,7 +113,8 @@ def _namespaces(lock: Lock) -> list[Manifest]:
 
 
 def _on_nvme(workload: LockedWorkload) -> bool:
-    return workload.serving is not None and workload.serving.cache == "nvme"
+    kept = workload.serving or workload.training
+    return kept is not None and kept.cache == "nvme"
 
 
 def _has_gpus(lock: Lock) -> bool:
@@ -193,17 +199,11 @@ def _identity(workload: LockedWorkload, secrets: Collection[str]) -> list[Manife
 
 
 def _share_values(workload: LockedWorkload) -> list[Manifest]:
-    """Containers of the storage account that a workload mounts, named by what is in the volume: that cannot change."""
-    kinds = server.shares(workload) if workload.task == "serve" else training.SHARES
+    """Containers of the storage account that a server mounts, named by what is in the volume: that cannot change."""
     found = []
-    for kind, writes in kinds.items():
-        one = {
-            "kind": kind,
-            "container": kind,
-            "access": "ReadWriteMany" if writes else "ReadOnlyMany",
-            "reads": not writes,
-            "options": ["-o allow_other", *(STREAMED if kind == "models" else CACHED)],
-        }
+    for kind in server.shares(workload):
+        options = ["-o allow_other", *(STREAMED if kind == "models" else CACHED)]
+        one = {"kind": kind, "container": kind, "options": options}
         name = f"{workload.name}-{kind}-{digest({**one, 'client': _client_id(workload)})[:6]}"
         found.append(one | {"name": name, "handle": f"{NAMESPACE}-{name}"})
     return found
@@ -225,14 +225,15 @@ def _shares(workload: LockedWorkload) -> list[Manifest]:
     )
 
 
-def _run(lock: Lock, workload: LockedWorkload, secrets: Collection[str]) -> Manifest:
-    """A training Job, named after eight digits of all that it is: a Job cannot be edited, so a change is another."""
+def _run(
+    lock: Lock, workload: LockedWorkload, run: training.Planned, secrets: Collection[str], program_name: str
+) -> list[Manifest]:
+    """A run's objects. Its Job has eight digits of all that it is in its name: it cannot be edited, but replaced."""
 
-    def made(name: str) -> Manifest:
-        (job,) = _made("run", **training.values(lock, workload, name, _share_names(workload), secrets))
-        return job
+    def made(name: str) -> list[Manifest]:
+        return _made("run", **training.values(lock, workload, run, name, secrets, program_name))
 
-    return made(f"{workload.name}-{digest(made(workload.name)['spec'])[:8]}")
+    return made(f"{run.run.name}-{digest(made(run.run.name)[-1]['spec'])[:8]}")
 
 
 def digest(value: object) -> str:

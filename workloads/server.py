@@ -13,6 +13,8 @@ from workloads.pods import (
     MOUNTS,
     NAMESPACE,
     NEEDED_SECRETS,
+    NVME,
+    OWN_DISK_BYTES,
     USER,
     Manifest,
     environment,
@@ -25,9 +27,7 @@ from workloads.pods import (
 from workloads.timing import PROBE_SECONDS, serving_timing
 
 INTERNAL = "service.beta.kubernetes.io/azure-load-balancer-internal"
-NVME = "tonnage-nvme"  # StorageClass of the machine's own NVMe disks
 GUARD_FOLDER = "/etc/tonnage"  # from which Python takes the module that asks for the API key
-OWN_DISK_BYTES = 8 << 30  # of the system disk, where the cache lies elsewhere: logs, and what programs write beside it
 CLIENTS = "tonnage/client"  # a namespace with this label may call the servers
 PRIVATE_RANGES = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")
 LWS_ROLE = "leaderworkerset.sigs.k8s.io/worker-index"
@@ -85,15 +85,11 @@ def _guard(workload: LockedWorkload) -> Manifest:
     return {"name": name, "data": {f"{GUARD}.py": text}}
 
 
-def shares(workload: LockedWorkload) -> dict[str, bool]:
+def shares(workload: LockedWorkload) -> list[str]:
     """Containers of the storage account that a server mounts, none of which it writes to."""
     serving = serving_of(workload)
-    found = {}
-    if serving.weights == "blob":
-        found["models"] = False
-    if serving.runtime_adapters or any(adapter.folder for adapter in serving.adapters):
-        found["adapters"] = False
-    return found
+    adapters = serving.runtime_adapters or any(adapter.folder for adapter in serving.adapters)
+    return [*(["models"] if serving.weights == "blob" else []), *(["adapters"] if adapters else [])]
 
 
 def _replicas(workload: LockedWorkload) -> int | None:
@@ -160,6 +156,7 @@ def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secr
         "user": USER,
         "labels": labels_of(workload),
         "spread": workload.replicas > 1,
+        "subdomain": None,
         "grace_seconds": timing.grace_seconds,
         "restart": None,
         "container": "vllm",

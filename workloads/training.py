@@ -1,53 +1,138 @@
-"""A training run as values for its template: TRL's command line, and what a pod that may be evicted needs."""
+"""A training run as values for its template: its configuration, and what a pod that may be evicted needs.
+
+A run is a Job of its own. Its pod mounts nothing of Blob: the program fetches and keeps what is there, with checksums.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import yaml
 
 from planner.plan.lock import Lock, LockedWorkload
-from workloads.pods import MOUNTS, NAMESPACE, USER, Manifest, environment, labels_of, place, resources, volumes
+from planner.plan.training import Training, TrainingRun
+from workloads.blobs import is_url
+from workloads.finetune import INTERRUPTED, REFUSED
+from workloads.finetune.bundle import program
+from workloads.finetune.config import FinetuneConfig
+from workloads.finetune.from_plan import Paths, config_of, training_of
+from workloads.pods import (
+    MOUNTS,
+    NAMESPACE,
+    NVME,
+    OWN_DISK_BYTES,
+    USER,
+    Manifest,
+    environment,
+    labels_of,
+    place,
+    resources,
+    volumes,
+)
+from workloads.timing import training_timing
 
-SHARES = {"datasets": False, "checkpoints": True, "adapters": True}  # container -> whether a run writes to it
-SAVE_STEPS = 50  # a step takes seconds to a minute: an eviction costs less than an hour of work
-FILES_OF_4_BIT = 3  # bytes of the 16-bit files a byte of weights in 4 bits, whose embeddings stay in 16
-SPARE_DISK_BYTES = 20 << 30  # compiled code, and a blobfuse cache that lies on the machine
-# `trl sft` with what a pod that may be evicted needs: data first, the newest whole checkpoint, and the result kept
-TRAINER = """
-import os, shutil, subprocess, sys
-from pathlib import Path
-
-def option(name):
-    return next(a.partition("=")[2] for a in sys.argv[1:] if a.startswith(f"--{name}="))
-
-out, kept = Path(option("output_dir")), Path(os.environ["RESULT_DIR"])
-if not any(Path(option("dataset_name")).iterdir()):
-    sys.exit("there is no dataset: upload one to the container `datasets`, then start the run again")
-whole = [p.parent for p in out.glob("checkpoint-*/trainer_state.json")]
-newest = max(whole, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
-resume = [] if newest is None else [f"--resume_from_checkpoint={newest}"]
-code = subprocess.run(["trl", "sft", *sys.argv[1:], *resume]).returncode
-if code == 0:
-    shutil.copytree(out, kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*"))
-sys.exit(code)
-"""
+PROGRAM, CONFIG = "/program", "/config"
+CONFIG_FILE = "run.yaml"
+RETRIES = 3  # of what may be cured by itself, for each machine of a run
+MASTER_PORT = 29500  # on which the machines of a run find each other
+RUN_LABEL = "tonnage/run"
+TUNED = "tuned"  # the folder of the container `models` with models that were trained in full
+QUEUE = "kueue.x-k8s.io/queue-name"
 
 
-def values(
-    lock: Lock, workload: LockedWorkload, name: str, mounted: Sequence[Manifest], secrets: Collection[str]
-) -> Manifest:
-    """What run.yaml.j2 asks for. mounted: kind and claim of each container of Blob that it uses."""
-    labels = labels_of(workload)
-    own = [
-        {"name": one["kind"], "mountPath": f"/{one['kind']}", **({} if SHARES[one["kind"]] else {"readOnly": True})}
-        for one in mounted
-    ]
-    disk = disk_bytes(lock, workload)
+class Planned(NamedTuple):
+    """A run with its configuration. id: of its checkpoints and its result, the same as long as it learns the same."""
+
+    run: TrainingRun
+    id: str
+    config: FinetuneConfig
+
+
+def planned_runs(lock: Lock, workload: LockedWorkload, *, desk: bool = False, trainer: str = "trl") -> list[Planned]:
+    """Every run of a workload. PlannerError for a recipe that the program refuses, as config_of.
+
+    desk: with folders beside the reader in place of Blob, for another trainer
+    """
+    return [_planned(lock, workload, run, desk=desk, trainer=trainer) for run in training_of(workload).runs]
+
+
+def _planned(lock: Lock, workload: LockedWorkload, run: TrainingRun, *, desk: bool, trainer: str) -> Planned:
+    training = training_of(workload)
+    data = run.recipe.get("data")
+    data = data if isinstance(data, dict) else {}
+    blob = "" if desk else "az://"
+
+    def there(path: object, container: str = "datasets") -> str:
+        return str(path) if is_url(str(path)) else f"{blob}{container}/{path}"
+
+    def made(name: str) -> FinetuneConfig:
+        kept = "adapters" if workload.settings.get("method") != "full" else f"models/{TUNED}"
+        paths = Paths(
+            train=there(data.get("train") or f"{run.name}/train.jsonl"),
+            evaluation=there(data["evaluation"]) if data.get("evaluation") else None,
+            checkpoints=f"checkpoints/{name}" if desk else "/cache/checkpoints",
+            mirror=None if desk else f"az://checkpoints/{name}",
+            result=f"{kept}/{name}" if desk else "/cache/result",
+            upload=None if desk else f"az://{kept}/{name}",
+        )
+        choices = {key: value for key, value in run.recipe.items() if key != "data"}
+        rest = {key: value for key, value in data.items() if key not in ("train", "evaluation")}
+        if "data" in run.recipe:
+            choices["data"] = rest if isinstance(run.recipe["data"], dict) else run.recipe["data"]
+        model = f"az://models/{workload.hub_id}" if training.weights == "blob" and not desk else None
+        return config_of(lock, workload, run=name, paths=paths, choices=choices, model=model, trainer=trainer)
+
+    name = f"{run.name}-{made(run.name).digest[:8]}"
+    return Planned(run, name, made(name))
+
+
+def program_map() -> Manifest:
+    """The ConfigMap of the program, named by what it says: another text is another object for other pods."""
+    text = json.dumps(program(), sort_keys=True)
+    name = f"tonnage-program-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return {
         "name": name,
         "namespace": NAMESPACE,
-        "runs": workload.replicas,
-        # twice the hours that the plan pays for: a run that hangs must not cost a month
-        "deadline_seconds": int(workload.hours_per_month * 2 * 3600),
+        "data": {_key(path): source for path, source in program().items()},
+        "items": [{"key": _key(path), "path": path} for path in program()],
+    }
+
+
+def _key(path: str) -> str:
+    return path.replace("/", ".")
+
+
+def values(
+    lock: Lock, workload: LockedWorkload, planned: Planned, name: str, secrets: Collection[str], program_name: str
+) -> Manifest:
+    """What run.yaml.j2 asks for. name: of the Job; program_name: of the program's ConfigMap."""
+    training, timing = training_of(workload), training_timing(workload, training_of(workload))
+    labels = labels_of(workload) | {RUN_LABEL: planned.run.name}
+    several = training.machines > 1
+    text = config_text(planned.config)
+    config_name = f"{planned.run.name}-config-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    files = [
+        {"name": "program", "mountPath": PROGRAM, "readOnly": True},
+        {"name": "config", "mountPath": CONFIG, "readOnly": True},
+    ]
+    return {
+        "name": name,
+        "run": planned.run.name,
+        "namespace": NAMESPACE,
+        "machines": training.machines,
+        "several": several,
+        "port": MASTER_PORT,
+        "config_name": config_name,
+        "config": {CONFIG_FILE: text},
+        "job_labels": {RUN_LABEL: planned.run.name} | ({QUEUE: training.queue} if training.queue else {}),
+        "labels": labels,
+        "retries": RETRIES * training.machines,
+        "deadline_seconds": timing.deadline_seconds,
+        "refused": REFUSED,
+        "interrupted": INTERRUPTED,
         "pod_labels": labels | {"azure.workload.identity/use": "true"},
         "pod": place(lock, workload)
         | {
@@ -55,86 +140,56 @@ def values(
             "user": USER,
             "labels": labels,
             "spread": False,
-            "grace_seconds": None,
+            "subdomain": planned.run.name if several else None,
+            "grace_seconds": timing.grace_seconds,
             "restart": "Never",
             "container": "trainer",
             "image": "${TRAIN_IMAGE}",
-            "command": ["python", "-c", TRAINER],
-            "args": [f"--{option}={value}" for option, value in options(lock, workload, name).items()],
-            "env": [
-                *environment(workload, secrets),
-                {"name": "RESULT_DIR", "value": f"/adapters/{name}-$(JOB_COMPLETION_INDEX)"},
-            ],
+            "command": ["python", "-m", "workloads.finetune"],
+            "args": [f"{CONFIG}/{CONFIG_FILE}"],
+            "env": _environment(workload, planned, name, secrets),
             "port": None,
             "health": None,
-            "resources": resources(lock, workload, disk),
-            "mounts": [*MOUNTS, *own],
-            "volumes": volumes(workload, disk, mounted),
+            "resources": resources(lock, workload, system_disk_bytes(training)),
+            "mounts": [*MOUNTS, *files],
+            "volumes": [
+                *volumes(workload, training.disk_bytes, [], NVME if training.cache == "nvme" else None),
+                {"name": "program", "configMap": {"name": program_name, "items": program_map()["items"]}},
+                {"name": "config", "configMap": {"name": config_name}},
+            ],
         },
     }
 
 
-def disk_bytes(lock: Lock, workload: LockedWorkload) -> int:
-    """Of the machine's disk: the base model's 16-bit files, which a run may hold in 4 bits, and room to work.
-
-    At most the share of it that pods may have.
-    """
-    stored = workload.memory_bytes.get("weights", 0) * (FILES_OF_4_BIT if "load_in_4bit" in _weights(workload) else 1)
-    pool = lock.pool(workload.pool)
-    return min(stored + SPARE_DISK_BYTES, int(pool.os_disk_gib * lock.platform.shares["disk"] * (1 << 30)))
-
-
-def reason(option: str) -> str:
-    """Why a run is given an option, for `planner render --explain`."""
-    reasons = {
-        "model_name_or_path": "the workload's checkpoint, read from the hub",
-        "dataset_name": "the container `datasets`, mounted",
-        "output_dir": "the container `checkpoints`, mounted; RUN is the Job's own name",
-        "save_strategy": "an evicted run goes on from its newest whole checkpoint",
-        "save_steps": "an eviction costs less than an hour of work",
-        "save_total_limit": "storage.checkpoints_kept of the intent, which the bill counts",
-        "bf16": "what the card computes in",
-        "fp16": "what the card computes in",
-    }
-    return reasons.get(option, "the setting that the memory receipt rests on")
-
-
-def options(lock: Lock, workload: LockedWorkload, run: str) -> dict[str, str]:
-    """TRL's options for a run: what the plan's memory rests on, and checkpoints by which an evicted run goes on."""
-    settings = workload.settings
-    method = settings.get("method", "qlora")
-    weights = settings.get("weights_dtype", "bf16")
-    bf16 = lock.pool(workload.pool).supports_bf16
-    dtype = {"bf16": "bfloat16" if bf16 else "float16", "fp16": "float16", "fp32": "float32"}[weights]
-    found = {
-        "model_name_or_path": workload.hub_id or workload.model,
-        "dataset_name": "/datasets",
-        "output_dir": f"/checkpoints/{run}-$(JOB_COMPLETION_INDEX)",  # another run must not go on from these
-        "max_length": str(workload.context),
-        "per_device_train_batch_size": settings.get("micro_batch", "1"),
-        "gradient_accumulation_steps": settings.get("gradient_accumulation_steps", "1"),
-        "dtype": dtype,
-        "bf16": str(bf16).lower(),
-        "fp16": str(not bf16).lower(),
-        "save_strategy": "steps",
-        "save_steps": str(SAVE_STEPS),
-        "save_total_limit": str(lock.around.storage.checkpoints_kept or 1),
-    }
-    if method != "full":
-        found |= {
-            "use_peft": "true",
-            "lora_r": settings.get("lora_rank", "16"),
-            "lora_dropout": settings.get("lora_dropout", "0.0"),
-            "lora_target_modules": settings.get("lora_targets", "all-linear"),
-        }
-    found |= _weights(workload)
-    if method in ("dora", "qdora"):
-        found["use_dora"] = "true"
+def _environment(workload: LockedWorkload, planned: Planned, name: str, secrets: Collection[str]) -> list[Manifest]:
+    found = [
+        *environment(workload, secrets),
+        {"name": "PYTHONPATH", "value": PROGRAM},
+        {"name": "AZURE_STORAGE_ACCOUNT_NAME", "value": "${STORAGE_ACCOUNT}"},
+    ]
+    if is_url(planned.config.model):
+        found.append({"name": "HF_HUB_OFFLINE", "value": "1"})
+    if training_of(workload).machines > 1:  # the first pod of an Indexed Job has this name, whatever its address
+        found += [
+            {"name": "MASTER_ADDR", "value": f"{name}-0.{planned.run.name}"},
+            {"name": "MASTER_PORT", "value": str(MASTER_PORT)},
+        ]
     return found
 
 
-def _weights(workload: LockedWorkload) -> dict[str, str]:
-    """How a run keeps the base model's weights: in 4 bits, or as they are."""
-    if workload.settings.get("method", "qlora") in ("qlora", "qdora"):
-        return {"load_in_4bit": "true", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": "true"}
-    return {}
+def system_disk_bytes(training: Training) -> int:
+    """Of the machine's system disk: everything, but where the files lie on NVMe disks."""
+    return training.disk_bytes if training.cache == "disk" else OWN_DISK_BYTES
+
+
+def config_text(config: FinetuneConfig) -> str:
+    """The configuration as the program reads it, defaults too: it is what was decided."""
+    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def flat(said: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration line by line: `data.train` and its value."""
+    found: dict[str, Any] = {}
+    for name, value in said.items():
+        found |= {f"{name}.{inner}": one for inner, one in value.items()} if isinstance(value, dict) else {name: value}
+    return found

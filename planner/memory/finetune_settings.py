@@ -146,7 +146,9 @@ def resolve(spec: ModelSpec, settings: FinetuneSettings, bf16: bool, flash: bool
             "this GPU has no FlashAttention 2: use --attention efficient (PyTorch's memory-efficient kernel) or eager"
         )
     attention: AttentionKernel = settings.attention or ("flash" if flash else "eager")
-    adapter = settings.adapter_dtype or (stack.adapter_on_quantized if quantized else "fp32")
+    # without bf16 the step runs in fp16, whose loss scaling takes no 16-bit gradients (torch amp/grad_scaler.py)
+    narrow = quantized and bf16
+    adapter = settings.adapter_dtype or (stack.adapter_on_quantized if narrow else "fp32")
     checkpointing: Checkpointing = "none"
     recomputes = settings.gradient_checkpointing
     if stack.checkpoints if recomputes is None else recomputes:

@@ -73,7 +73,7 @@ class Job:
         kept = self.schedule.starts_per_month * assumption("scale_down_hours").expected
         self.idle_hours: Decimal = max(min(kept, MONTH_HOURS - self.hours), Decimal(0))
         self.headroom = default_headroom(workload.kind) if intent.headroom is None else intent.headroom
-        self.machines = workload.machines if isinstance(workload, ServeWorkload) else 1
+        self.machines = workload.machines
         self.on_cpu = isinstance(workload, ServeWorkload) and workload.device == "cpu"
         wanted = gpus_of(self.settings) * self.machines
         if intent.gpu_instance_profile and wanted > 1:
@@ -171,12 +171,15 @@ def fit_on(spec: ModelSpec, settings: Settings, size: VmSku, headroom: float, gp
 
 
 def fit_over(spec: ModelSpec, settings: Settings, size: VmSku, machines: int, headroom: float) -> Fit | Misfit | str:
-    """A server over several machines: tensor parallel over the GPUs of each, a pipeline stage a machine."""
-    assert isinstance(settings, ServingSettings)
+    """Over several machines: a server with a pipeline stage a machine, tensor parallel within; training on all GPUs."""
     count = size.gpu_count or 0
     if not count or size.gpu_fraction != "1":
         return "its machines share GPUs with others"
-    spread = settings.model_copy(update={"tensor_parallel_size": count, "pipeline_parallel_size": machines})
+    if isinstance(settings, ServingSettings):
+        wide = {"tensor_parallel_size": count, "pipeline_parallel_size": machines}
+    else:
+        wide = {"n_gpus": count * machines}
+    spread = settings.model_copy(update=wide)
     place = Place(gpu=card_of(size), sku=size, gpus=count * machines, available=count * machines)
     return try_place(spec, spread, place, headroom=headroom, search_context=False)
 

@@ -26,6 +26,7 @@ from planner.memory.serving import ServingSettings
 from planner.memory.training import FinetuneSettings
 from planner.model import Frozen, ModelSpec
 from planner.plan.serving import Adapter, Device, Expose, Gateway, Weights, check_overrides, check_server, lora_settings
+from planner.plan.training import Recipe, RunName, check_runs, runs_of
 from planner.size import rope_factor
 from planner.units import parse_tokens
 
@@ -129,7 +130,13 @@ class ServeWorkload(Frozen):
 
 
 class FinetuneWorkload(Frozen):
-    """Fine-tuning runs: as ServeWorkload; schedule: hours of training work a month; replicas: runs at the same time."""
+    """Fine-tuning runs: as ServeWorkload; schedule: hours of training work a month; replicas: runs at the same time.
+
+    machines: of one run, whose GPUs all hold the model (settings.parallelism ddp)
+    recipe: fields of the program's configuration that no plan decides, such as epochs, learning_rate and data
+    runs: by name, each with what it has otherwise than the recipe; none: one for each replica
+    queue: of Kueue (a LocalQueue), which then starts the runs
+    """
 
     kind: Literal["finetune"]
     name: str = Field(default="finetune", pattern=_NAME)
@@ -140,6 +147,20 @@ class FinetuneWorkload(Frozen):
     schedule: ScheduleText = "80h"
     settings: dict[str, Any] = Field(default_factory=dict)
     spot: bool = True
+    machines: int = Field(default=1, ge=1, le=16)
+    weights: Weights = "hub"
+    recipe: Recipe = Field(default_factory=dict)
+    runs: dict[RunName, Recipe] = Field(default_factory=dict, max_length=64)
+    queue: str | None = Field(default=None, pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+
+    @model_validator(mode="after")
+    def _whole(self) -> FinetuneWorkload:
+        check_runs(self.replicas, self.runs)
+        if self.machines > 1 and self.settings.get("parallelism") != "ddp":
+            raise ValueError("machines of one run share the batch: write settings: {parallelism: ddp}, or machines: 1")
+        if self.machines > 1 and "n_gpus" in self.settings:
+            raise ValueError("with machines each gives all of its GPUs: leave out n_gpus")
+        return self
 
 
 Workload = Annotated[ServeWorkload | FinetuneWorkload, Field(discriminator="kind")]
@@ -259,6 +280,12 @@ class Intent(Frozen):
         names = [workload.name for workload in self.workloads]
         if len(set(names)) < len(names):
             raise ValueError("two workloads have the same name: give each its own")
+        for workload in self.workloads:
+            if isinstance(workload, FinetuneWorkload):
+                runs = {run.name for run in runs_of(workload.name, workload.replicas, {}, workload.runs)}
+                taken = (runs - {workload.name}) & set(names)
+                if taken:
+                    raise ValueError(f"a run of {workload.name} and a workload are both {min(taken)}: rename one")
         return self
 
     @property

@@ -19,11 +19,12 @@ from planner.errors import DoesNotFit, PlannerError
 from planner.fit import Task
 from planner.memory.serving_parts import QUANTIZED_AT_START
 from planner.model import Amount, Frozen
+from planner.plan.beside_memory import serving_of, training_of
 from planner.plan.choices import limits, needs_disk, other_vcpus
-from planner.plan.intent import Intent, ServeWorkload, model_of
+from planner.plan.intent import FinetuneWorkload, Intent, model_of
 from planner.plan.result import TOTAL_QUOTA, Placed, Plan, Pool, PricesUsed
-from planner.plan.served import serving_of
 from planner.plan.serving import Serving
+from planner.plan.training import Training
 from planner.units import format_gib, format_usd, round_money
 
 VERSION = 1
@@ -61,7 +62,7 @@ class LockedWorkload(Frozen):
     """A workload as Placed, with its schedule's windows and the memory receipt as expected bytes by component.
 
     hub_id: of the weights as they are served or trained; None where nobody said where those lie
-    serving: of a server, what else it is run by
+    serving, training: of a server and of training, what else they are run by
     """
 
     name: str
@@ -83,6 +84,7 @@ class LockedWorkload(Frozen):
     usable_bytes: int
     memory_bytes: dict[str, int]
     serving: Serving | None = None
+    training: Training | None = None
 
 
 class Around(Frozen):
@@ -207,8 +209,10 @@ def _surges(plan: Plan, intent: Intent) -> dict[str, int]:
 def _locked_workload(placed: Placed, plan: Plan, intent: Intent) -> LockedWorkload:
     shared = placed.model_dump(include=set(LockedWorkload.model_fields))
     wanted = next(workload for workload in intent.workloads if workload.name == placed.name)
-    serving = None
-    if isinstance(wanted, ServeWorkload):
+    serving = training = None
+    if isinstance(wanted, FinetuneWorkload):
+        training = training_of(wanted, placed, plan, intent)
+    else:
         serving = serving_of(wanted, placed, plan, intent)
         stored = wanted.settings.get("quantization") in (None, *QUANTIZED_AT_START)
         own = stored or model_of(intent, wanted).quantization is not None
@@ -218,6 +222,7 @@ def _locked_workload(placed: Placed, plan: Plan, intent: Intent) -> LockedWorklo
         windows=parse_schedule(placed.schedule).windows,
         memory_bytes={part.name: part.expected_bytes for part in placed.memory.components},
         serving=serving,
+        training=training,
     )
 
 
@@ -388,9 +393,9 @@ def _shown(value: object, unit: str) -> str:
     if isinstance(value, Mapping) and "model" in value:
         return f"{value['model']} at {value['context']:,} tokens on {value['pool']}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {inner}" for name, inner in value.items()) or "none"
+        return ", ".join(f"{name} {_shown(inner, name)}" for name, inner in value.items()) or "none"
     if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join(_shown(part, unit) for part in value) or "none"
     if value is None:
         return "unpriced" if unit == "usd" else "none"
     if isinstance(value, bool):

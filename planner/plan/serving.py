@@ -17,7 +17,6 @@ from planner.catalog.hardware import Gpu, VmSku
 from planner.catalog.platform import platform
 from planner.errors import PlannerError
 from planner.model import Amount, Frozen, ModelSpec
-from planner.units import format_gib
 
 NAME = r"^[a-z]([a-z0-9-]{0,30}[a-z0-9])?$"
 HUB_ID = r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$"
@@ -93,20 +92,16 @@ def token_seconds(card: Gpu, read_bytes: int, pipeline_stages: int = 1) -> Decim
     return (read_bytes * pipeline_stages / rate).quantize(Decimal("0.001"), ROUND_CEILING)
 
 
-def cache_place(name: str, size: VmSku, stored_bytes: int, cache_bytes: int, gpus: int, system_gib: int) -> Cache:
-    """Where a server keeps weights of the hub and compiled code: on the system disk while pods may fill that far.
+def disk_place(size: VmSku, needed_bytes: int, gpus: int, system_gib: int) -> Cache | None:
+    """Where a pod's files lie: on the system disk while pods may fill that far, else on NVMe disks; None: nowhere.
 
-    gpus: that its pod takes of the machine, and with them that share of its NVMe disks. PlannerError where none holds
+    gpus: that the pod takes of the machine, and with them that share of its NVMe disks
     """
-    if cache_bytes <= int(system_gib * platform().shares["disk"]) << 30:
+    part = platform().shares["disk"]
+    if needed_bytes <= int(system_gib * part) << 30:
         return "disk"
     share = gpus / (size.gpu_count or 1)
-    if cache_bytes <= int((size.local_nvme_gib or 0) * platform().shares["disk"] * share) << 30:
-        return "nvme"
-    raise PlannerError(
-        f"{name}: {format_gib(stored_bytes)} of weights do not fit on the disks of a {size.short_name}: put them into"
-        " the storage account and set weights: blob, from where they are read as they are needed"
-    )
+    return "nvme" if needed_bytes <= int((size.local_nvme_gib or 0) * part * share) << 30 else None
 
 
 def read_rate(weights: Weights) -> int:

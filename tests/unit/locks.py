@@ -34,3 +34,9 @@ def served(**more: Any) -> dict[str, Any]:
     stored = {"settings": {"quantization": "awq"}, "checkpoint": "Qwen/Qwen3-8B-AWQ"}
     workload = {"kind": "serve", "context": 8192} | stored | more.pop("workload", {})
     return {"model": "qwen3-8b", "workloads": [workload], "approved_usd_per_month": 5000} | more
+
+
+def tuned(**more: Any) -> dict[str, Any]:
+    """An intent that fine-tunes Qwen3-8B at 2,048 tokens in eastus, with what a test changes."""
+    workload = {"kind": "finetune", "context": 2048} | more.pop("workload", {})
+    return {"model": "qwen3-8b", "workloads": [workload], "approved_usd_per_month": 50_000} | more

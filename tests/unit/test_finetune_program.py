@@ -20,7 +20,7 @@ from planner import dataset
 from planner.errors import PlannerError
 from workloads.finetune import FAILED, FINISHED, INTERRUPTED, REFUSED
 from workloads.finetune.__main__ import _several, main
-from workloads.finetune.bundle import bundle, program_files
+from workloads.finetune.bundle import program
 from workloads.finetune.config import Metrics, parse_config
 from workloads.finetune.signals import Stop
 from workloads.finetune.telemetry import Telemetry, textfile
@@ -234,37 +234,33 @@ def test_json_is_pure_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 # --- as a Job brings it -----------------------------------------------------------------------------------------------
 
 
-def test_the_bundle_runs_by_itself_and_fits_into_a_config_map(tmp_path: Path) -> None:
-    made = bundle()
-    assert made == bundle()
-    assert len(made) * 4 / 3 < 1 << 20  # as Base64
-    (tmp_path / "tonnage.zip").write_bytes(made)
+def test_the_program_runs_by_itself_and_fits_into_a_config_map(tmp_path: Path) -> None:
+    assert sum(len(path) + len(source.encode()) for path, source in program().items()) < 1 << 19  # of a mebibyte
+    brought = tmp_path / "program"
+    for path, source in program().items():
+        (brought / path).parent.mkdir(parents=True, exist_ok=True)
+        (brought / path).write_text(source, encoding="utf-8")
     config = write_config(tmp_path, [conversation("Hi", "Yes")])
-    program = (
+    start = (
         "import runpy, sys\n"
         "sys.path[:] = [sys.argv[1]] + [p for p in sys.path if 'packages' in p or 'lib' in p]\n"
         "sys.argv = ['finetune', 'check', sys.argv[2]]\n"
         "import workloads, planner.errors\n"
-        "assert 'tonnage.zip' in workloads.__file__ and 'tonnage.zip' in planner.errors.__file__\n"
+        "assert sys.path[0] in workloads.__file__ and sys.path[0] in planner.errors.__file__\n"
         "runpy.run_module('workloads.finetune', run_name='__main__', alter_sys=True)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path / "tonnage.zip", config],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", start, brought, config], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == FINISHED, done.stderr
     assert json.loads(done.stdout)["tokens"] == 26
 
 
-def test_every_module_of_the_program_is_in_the_bundle() -> None:
-    """What its modules import of ours is among its files."""
-    names = {name.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for name in program_files()}
-    for path in program_files().values():
-        for line in path.read_text(encoding="utf-8").splitlines():
+def test_every_module_that_the_program_imports_of_ours_comes_with_it() -> None:
+    names = {path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in program()}
+    for path, source in program().items():
+        for line in source.splitlines():
             words = line.split()
             if words[:1] == ["from"] and words[1].split(".")[0] in ("workloads", "planner"):
                 inner = {f"{words[1]}.{name.strip(',()')}" for name in words[3:]}
-                assert words[1] in names or inner <= names, f"{path.name}: {line}"
+                assert words[1] in names or inner <= names, f"{path}: {line}"

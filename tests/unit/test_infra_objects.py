@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from locks import STACKS, shipped
+from locks import STACKS, planned, served, shipped
 
 from infra.objects import Values, manifests
 from workloads.render import PLACEHOLDERS, render
@@ -24,7 +24,7 @@ VALUES = Values(
 @pytest.mark.parametrize("stack", STACKS)
 def test_no_place_is_left_open(stack: str) -> None:
     text = json.dumps(manifests(shipped(stack)[1], VALUES))
-    assert not [name for name in PLACEHOLDERS if name in text]
+    assert not [name for name in PLACEHOLDERS if f"${{{name}}}" in text]
 
 
 def test_each_value_stands_where_it_belongs() -> None:
@@ -34,11 +34,17 @@ def test_each_value_stands_where_it_belongs() -> None:
     parameters = made["SecretProviderClass", "serve"]["spec"]["parameters"]
     told = {key: parameters[key] for key in ("clientID", "keyvaultName", "tenantId")}
     assert told == {"clientID": "client-serve", "keyvaultName": "vault", "tenantId": "tenant"}
-    (volume,) = [m for (kind, name), m in made.items() if kind == "PersistentVolume" and "datasets" in name]
+    (job,) = [m for (kind, _), m in made.items() if kind == "Job"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == VALUES.train_image
+    assert {"name": "AZURE_STORAGE_ACCOUNT_NAME", "value": "account"} in container["env"]
+
+
+def test_a_volume_is_told_its_account_and_group() -> None:
+    lock = planned(served(workload={"weights": "blob"}))[1]
+    (volume,) = [m for m in manifests(lock, VALUES) if m["kind"] == "PersistentVolume"]
     attributes = volume["spec"]["csi"]["volumeAttributes"]
     assert (attributes["storageAccount"], attributes["resourceGroup"]) == ("account", "group")
-    (job,) = [m for (kind, _), m in made.items() if kind == "Job"]
-    assert job["spec"]["template"]["spec"]["containers"][0]["image"] == VALUES.train_image
 
 
 @pytest.mark.parametrize("stack", STACKS)

@@ -141,8 +141,9 @@ def test_objects_come_in_the_order_in_which_the_cluster_needs_them() -> None:
     rows = [row for row in program("dev-32k") if row.type.startswith("kubernetes:")]
     by_name = {row.name: row for row in rows}
     assert by_name["namespace-tonnage"].urn in by_name["serviceaccount-serve"].dependencies
-    assert by_name["serviceaccount-serve"].urn in by_name["persistentvolumeclaim-finetune-datasets"].dependencies
-    assert by_name["persistentvolumeclaim-finetune-datasets"].urn in by_name["job-finetune"].dependencies
+    assert by_name["namespace-tonnage"].urn in by_name["serviceaccount-finetune"].dependencies
+    config = next(name for name in by_name if name.startswith("configmap-finetune-config-"))
+    assert {by_name["serviceaccount-finetune"].urn, by_name[config].urn} <= set(by_name["job-finetune"].dependencies)
 
 
 def test_an_endpoint_for_each_service_in_production_and_none_in_development() -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,6 @@ from planner.plan.lock import Lock
 from workloads.pods import GPU, GPU_NAMESPACE, NAMESPACE, SPOT_KEY, Manifest
 from workloads.render import render, vllm_arguments
 from workloads.server import cron
-from workloads.training import TRAINER
 
 
 def objects(lock: Lock) -> list[Manifest]:
@@ -195,96 +192,14 @@ def test_a_server_that_fills_its_pool_is_replaced_by_stopping_it_first() -> None
     assert found(objects(shipped("prod-standard")[1]), "Deployment")["spec"]["strategy"] == {"type": "Recreate"}
 
 
-def test_evictions_are_retried_without_spending_the_failure_budget() -> None:
-    job = found(objects(shipped("dev-32k")[1]), "Job")["spec"]
-    assert job["template"]["spec"]["restartPolicy"] == "Never"
-    assert job["podFailurePolicy"]["rules"][0] == {
-        "action": "Ignore",
-        "onPodConditions": [{"type": "DisruptionTarget"}],
-    }
-    assert job["activeDeadlineSeconds"] == 120 * 2 * 3600  # the plan pays for 120 hours a month
-
-
-def test_the_run_is_named_after_what_it_does_and_not_after_what_it_costs() -> None:
-    intent, lock = shipped("dev-32k")
-    name = found(objects(lock), "Job")["metadata"]["name"]
-    dearer = lock.model_copy(update={"usd": lock.usd + 1, "lines_usd": {}})
-    assert found(objects(dearer), "Job")["metadata"]["name"] == name
-    other = planned({**intent.model_dump(mode="json", exclude_defaults=True), "model": "qwen3-4b"})[1]
-    assert found(objects(other), "Job")["metadata"]["name"] != name
-
-
-def test_the_run_trains_what_the_plan_holds_memory_for() -> None:
-    args = found(objects(shipped("dev-32k")[1]), "Job")["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert "--model_name_or_path=Qwen/Qwen3-8B" in args
-    assert "--max_length=32768" in args
-    assert "--load_in_4bit=true" in args
-    assert {"--dtype=bfloat16", "--bf16=true", "--lora_dropout=0.0"} <= set(args)  # TRL would take float32 and 0.05
-    turing = found(objects(shipped("dev-2k")[1]), "Job")["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert {"--dtype=float16", "--bf16=false", "--fp16=true"} <= set(turing)  # a T4 has no bfloat16
-
-
-def test_a_run_waits_until_somebody_starts_it() -> None:
-    assert found(objects(shipped("dev-32k")[1]), "Job")["spec"]["suspend"] is True
-
-
-def trainer(folder: Path, code: int = 0) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """The trainer's own program in a folder, with a `trl` that writes down its arguments and a model."""
-    (folder / "bin").mkdir(exist_ok=True)
-    fake = folder / "bin" / "trl"
-    out = folder / "out"
-    fake.write_text(
-        f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/said\nmkdir -p {out}/checkpoint-7\n'
-        f"touch {out}/adapter_model.safetensors\nexit {code}\n"
-    )
-    fake.chmod(0o755)
-    environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "RESULT_DIR": str(folder / "kept")}
-    command = [sys.executable, "-c", TRAINER, f"--dataset_name={folder / 'data'}", f"--output_dir={out}"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    said = (folder / "said").read_text().splitlines() if (folder / "said").exists() else []
-    return done, said
-
-
-def test_a_run_without_data_ends_before_anything_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    done, said = trainer(tmp_path)
-    assert done.returncode == 1
-    assert "there is no dataset" in done.stderr
-    assert not said
-
-
-def test_an_evicted_run_goes_on_from_its_newest_whole_checkpoint_and_keeps_its_result(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").touch()
-    first, said = trainer(tmp_path)
-    assert (first.returncode, said[0]) == (0, "sft")
-    assert not any("resume" in argument for argument in said)
-    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["adapter_model.safetensors"]  # no checkpoints
-    for steps, whole in ((50, True), (100, True), (150, False)):  # the eviction came while 150 was written
-        (tmp_path / "out" / f"checkpoint-{steps}").mkdir()
-        if whole:
-            (tmp_path / "out" / f"checkpoint-{steps}" / "trainer_state.json").touch()
-    _, said = trainer(tmp_path)
-    assert said[-1] == f"--resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-100'}"
-
-
-def test_a_failed_run_keeps_nothing_and_says_its_code(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "train.jsonl").touch()
-    done, _ = trainer(tmp_path, code=2)
-    assert done.returncode == 2
-    assert not (tmp_path / "kept").exists()
-
-
-def test_data_is_mounted_as_the_workloads_identity_without_keys() -> None:
-    made = objects(shipped("dev-32k")[1])
+def test_what_a_server_reads_is_mounted_as_its_identity_without_keys() -> None:
+    made = served_with(weights="blob", runtime_adapters=True)
     volumes = {m["metadata"]["name"]: m["spec"] for m in made if m["kind"] == "PersistentVolume"}
-    kinds = {name.rpartition("-")[0]: volume for name, volume in volumes.items()}
-    assert set(kinds) == {"finetune-datasets", "finetune-checkpoints", "finetune-adapters"}
-    assert kinds["finetune-datasets"]["csi"]["readOnly"] is True
+    assert {name.rpartition("-")[0] for name in volumes} == {"serve-models", "serve-adapters"}
     for volume in volumes.values():
         attributes = volume["csi"]["volumeAttributes"]
-        assert attributes["clientID"] == "${CLIENT_ID_FINETUNE}"
+        assert volume["csi"]["readOnly"] is True
+        assert attributes["clientID"] == "${CLIENT_ID_SERVE}"
         assert attributes["mountWithWorkloadIdentityToken"] == "true"
         assert volume["persistentVolumeReclaimPolicy"] == "Retain"
 
@@ -427,7 +342,7 @@ def test_a_server_with_a_key_asks_for_it_on_its_whole_port() -> None:
 
 @pytest.mark.parametrize("secrets", [(), ("hf-token",)])
 def test_a_server_without_a_key_has_nothing_to_ask_for(secrets: tuple[str, ...]) -> None:
-    made = render(shipped("dev-32k")[1], secrets)
+    made = render(shipped("prod-standard")[1], secrets)
     text = str(made)
     assert "key_guard" not in text
     assert "key-guard" not in text

@@ -1,36 +1,24 @@
-"""The program as one file, which a Job brings along: a zip that Python imports from, the same for the same source.
+"""The program as text, which a Job brings along in a ConfigMap: a preview shows every line that changes in it.
 
-A ConfigMap holds a mebibyte. `PYTHONPATH=/program/tonnage.zip python -m workloads.finetune CONFIG` runs it.
+A ConfigMap holds a mebibyte. `PYTHONPATH=FOLDER python -m workloads.finetune CONFIG` runs it where it is mounted.
 """
 
 from __future__ import annotations
 
-import io
-import zipfile
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-NAME = "tonnage.zip"
 OUTSIDE = ("from_plan.py", "bundle.py")  # need the planner, and run beside it
 
 
-def program_files() -> dict[str, Path]:
-    """Every module that the program needs, by its name in the bundle."""
+@cache
+def program() -> dict[str, str]:
+    """Source by path, such as `workloads/finetune/train.py`. `planner` is an empty package: of it there are errors."""
     found = [
         ROOT / "planner" / "errors.py",
         *(ROOT / "workloads" / name for name in ("__init__.py", "blobs.py", "store.py")),
+        *(path for path in (ROOT / "workloads" / "finetune").glob("*.py") if path.name not in OUTSIDE),
     ]
-    found += [path for path in (ROOT / "workloads" / "finetune").glob("*.py") if path.name not in OUTSIDE]
-    return {path.relative_to(ROOT).as_posix(): path for path in sorted(found)}
-
-
-def bundle() -> bytes:
-    """The zip. `planner` is an empty package in it: the program knows nothing of it but its errors."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        contents = {name: path.read_bytes() for name, path in program_files().items()} | {"planner/__init__.py": b""}
-        for name in sorted(contents):
-            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
-            archive.writestr(entry, contents[name])
-    return made.getvalue()
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in found}
+    return dict(sorted((sources | {"planner/__init__.py": ""}).items()))

@@ -7,7 +7,8 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from planner.errors import PlannerError
-from planner.plan.lock import Lock, LockedWorkload
+from planner.plan.lock import Lock, LockedWorkload, again
+from planner.plan.training import Training
 from workloads.finetune.config import FinetuneConfig, parse_config
 
 NOT_ALLOCATED = ("allocator slack", "CUDA context")  # parts of the receipt beside torch's own allocations
@@ -26,21 +27,42 @@ class Paths(NamedTuple):
     textfile: str | None = None
 
 
+class NotTrained(PlannerError):
+    """The program does not train what is planned. Another trainer may."""
+
+
+def training_of(workload: LockedWorkload) -> Training:
+    """What the lock keeps of a training workload. PlannerError for a server, and for a lock of before."""
+    if workload.task != "finetune":
+        raise PlannerError(f"{workload.name} serves and does not train: name a fine-tuning workload")
+    if workload.training is None:
+        raise PlannerError(f"the plan of {workload.name} was made by an older Tonnage: {again()}")
+    return workload.training
+
+
 def config_of(
-    lock: Lock, workload: LockedWorkload, *, run: str, paths: Paths, choices: Mapping[str, Any] | None = None
+    lock: Lock,
+    workload: LockedWorkload,
+    *,
+    run: str,
+    paths: Paths,
+    choices: Mapping[str, Any] | None = None,
+    model: str | None = None,
+    trainer: str = "trl",
 ) -> FinetuneConfig:
     """The configuration of a planned run. choices: fields that no plan decides, such as epochs or learning_rate.
 
-    PlannerError for what the program does not do as planned, and for a choice that would change the planned memory.
+    model: where the base model lies, by default on the hub; trainer: who is going to train
+    NotTrained for what the program does not do as planned; PlannerError for a choice that the plan has made already.
     """
-    said = workload.settings
-    _check(workload)
+    said, training = workload.settings, training_of(workload)
+    _check(workload, trainer)
     bf16 = lock.pool(workload.pool).supports_bf16
     sixteen = "bf16" if bf16 else "fp16"
     hours = workload.checkpoint_interval_hours
     planned: dict[str, Any] = {
         "run": run,
-        "model": workload.hub_id or workload.model,
+        "model": model or workload.hub_id or workload.model,
         "task": said.get("task", "sft"),
         "method": said["method"],
         "data": {"train": paths.train, "evaluation": paths.evaluation},
@@ -53,7 +75,8 @@ def config_of(
         "attention": "eager" if said.get("attention") == "eager" else "sdpa",
         "loss": said.get("loss", "chunked"),
         "optimizer": said.get("optimizer", "adamw_torch_fused"),
-        "gpus": workload.gpus,
+        "gpus": max(workload.gpus // training.machines, 1),
+        "nodes": training.machines,
         "checkpoints": {
             "folder": paths.checkpoints,
             "every_seconds": float(hours * Decimal(3600)) if hours else OTHERWISE_SECONDS,
@@ -63,7 +86,8 @@ def config_of(
         "result": paths.result,
         "upload": paths.upload,
         "predicted": {
-            "allocated_bytes": sum(size for name, size in workload.memory_bytes.items() if name not in NOT_ALLOCATED)
+            "allocated_bytes": sum(size for name, size in workload.memory_bytes.items() if name not in NOT_ALLOCATED),
+            "flops_per_second": training.flops_per_second,
         },
         "metrics": {"textfile": paths.textfile},
     }
@@ -76,22 +100,39 @@ def config_of(
         }
     if planned["method"] in ("qlora", "qdora"):
         planned["base_quantization"] = said.get("base_quantization", "nf4-double")
-    chosen = dict(choices or {})
-    if "epochs" not in chosen and "max_steps" not in chosen:
-        chosen["epochs"] = 1
+    what = f"the configuration of {run}"
+    return parse_config(_chosen(planned, choices or {}, what), what)
+
+
+def _chosen(planned: Mapping[str, Any], choices: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The plan's fields with the choices beside them. PlannerError for a choice that would change what is planned."""
+    made = dict(planned)
+    if "epochs" not in choices and "max_steps" not in choices:
+        made["epochs"] = 1
+    for name, value in choices.items():
+        before = planned.get(name)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            made[name] = _chosen_within(name, before, value, what)
+        elif before is None or str(before) == str(value):
+            made[name] = value
+        else:
+            raise _decided(what, name, before)
+    return made
+
+
+def _chosen_within(outer: str, planned: Mapping[str, Any], chosen: Mapping[str, Any], what: str) -> dict[str, Any]:
     for name, value in chosen.items():
-        if isinstance(value, Mapping) and isinstance(planned.get(name), Mapping):
-            chosen[name] = {**planned[name], **value}
-        elif name in planned and planned[name] != value:
-            raise PlannerError(
-                f"{workload.name}: {name} is decided by the plan ({planned[name]}): change the intent and plan again"
-            )
-    return parse_config(planned | chosen, f"the configuration of {workload.name}")
+        if planned.get(name) is not None and str(planned[name]) != str(value):
+            raise _decided(what, f"{outer}.{name}", planned[name])
+    return {**planned, **chosen}
+
+
+def _decided(what: str, name: str, value: object) -> PlannerError:
+    return PlannerError(f"{what}: {name} is decided by the plan ({value}): change the intent and plan again")
 
 
 # settings of a plan that the program would not do as they were counted, with the value that it does
 _DONE = {
-    "trainer": ("trl",),
     "parallelism": ("none", "ddp"),
     "offload": ("frozenset()",),
     "trained_embeddings": ("False",),
@@ -104,13 +145,12 @@ _DONE = {
 }
 
 
-def _check(workload: LockedWorkload) -> None:
-    if workload.task != "finetune":
-        raise PlannerError(f"{workload.name} serves and does not train: name a fine-tuning workload")
-    for name, done in _DONE.items():
+def _check(workload: LockedWorkload, trainer: str) -> None:
+    for name, done in (_DONE | {"trainer": ("trl", trainer)}).items():
         value = workload.settings.get(name, done[0])
         if value not in done:
-            raise PlannerError(
-                f"{workload.name}: the program does not train with {name} {value}: set it to {' or '.join(done)} in the"
-                " intent's settings, or give the run to the trainer that you planned for"
+            raise NotTrained(
+                f"{workload.name}: the program does not train with {name} {value}: set it to"
+                f" {' or '.join(dict.fromkeys(done))} in the intent's settings, or give the run to the trainer that you"
+                " planned for"
             )
