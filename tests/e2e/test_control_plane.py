@@ -3,7 +3,6 @@
 import base64
 import functools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from standin.cluster import ApiError, condition, is_true
 from standin.kubernetes import MANAGER, KubernetesProvider
 from standin.waiting import CAP
 from standin.wire import UNKNOWN, is_secret, secret, to_plain, to_struct
-from tools import Missing, engines
+from tools import Engines
 
 from planner.errors import PlannerError
 
@@ -71,13 +70,7 @@ CANARY = "hf_canary_5b1f0c7e"
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
-    try:
-        programs = engines()
-    except Missing as reason:
-        if os.environ.get("CI"):
-            pytest.fail(str(reason))
-        pytest.skip(str(reason))
+def running(tmp_path_factory: pytest.TempPathFactory, programs: Engines) -> Iterator[ControlPlane]:
     with control_plane(tmp_path_factory.mktemp("plane"), programs=programs) as plane:
         plane.cluster.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}})
         yield plane
