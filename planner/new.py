@@ -214,6 +214,7 @@ def _stack_text(stack: str, spec: ModelSpec, said: Mapping[str, Any]) -> str:
             f"        context: {context}",
             "        method: qlora # or full, lora, dora, qdora",
             f"        schedule: {_word(said['finetune_hours'])} # hours of training a month, or windows",
+            "        # recipe: {epochs: 3, learning_rate: 1.0e-4} # what no plan decides: docs/finetune.md",
         ]
     if said["task"] != "finetune":
         lines += [

@@ -196,6 +196,17 @@ def test_without_bf16_fp32_masters_and_adapters_are_possible() -> None:
     assert train("qwen3-0.6b", 512, method="lora", **card).allocated_bytes
 
 
+def test_without_bf16_the_adapters_of_a_4_bit_base_are_32_bits_wide() -> None:
+    """fp16 scales the loss, and its scaler takes no 16-bit gradients."""
+    card = {"supports_bf16": False, "supports_flash_attention": False, "compute_capability": "7.5"}
+    ampere = train("qwen3-8b", 2048, method="qlora", lora_rank=16)
+    turing = train("qwen3-8b", 2048, method="qlora", lora_rank=16, attention="efficient", **card)
+    # of a layer 16 x (q and o 2 x (4096 + 4096), k and v 2 x (4096 + 1024), three of 4096 + 12288) = 1,212,416; x 36
+    assert part(ampere, "adapters") == 2 * 43_646_976
+    assert part(turing, "adapters") == 4 * 43_646_976
+    assert part(turing, "optimizer state") == 8 * 43_646_976
+
+
 def test_flash_attention_is_refused_where_the_card_has_none() -> None:
     with pytest.raises(PlannerError, match=r"no FlashAttention 2: use --attention efficient"):
         train("qwen3-0.6b", 512, attention="flash", supports_flash_attention=False)
