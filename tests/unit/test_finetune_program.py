@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from tiny_chat import conversation, write_jsonl, write_tokenizer
 from planner import dataset
 from planner.errors import PlannerError
 from workloads.finetune import FAILED, FINISHED, INTERRUPTED, REFUSED
+from workloads.finetune import __main__ as program
 from workloads.finetune.__main__ import _several, main
 from workloads.finetune.bundle import bundle, program_files
 from workloads.finetune.config import Metrics, parse_config
@@ -99,6 +101,54 @@ def test_the_worst_of_several_processes_is_the_runs_exit_code(
     monkeypatch.setattr(sys, "executable", str(stands_in))
     config = parse_config(json.loads(write_config(tmp_path, [conversation("Hi", "Yes")], gpus=2).read_text()), "x")
     assert _several(tmp_path / "run.json", config, Stop()) == expected
+
+
+def test_processes_end_when_the_run_is_finished_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stands_in = tmp_path / "python"
+    stands_in.write_text("#!/bin/sh\nexec sleep 60\n")
+    stands_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stands_in))
+    monkeypatch.setattr(program, "ELSEWHERE_SECONDS", 0.01)
+    config = parse_config(json.loads(write_config(tmp_path, [conversation("Hi", "Yes")], gpus=2).read_text()), "x")
+    answers = iter([False, True])
+    began = time.monotonic()
+    assert _several(tmp_path / "run.json", config, Stop(), lambda: next(answers)) == FINISHED
+    assert time.monotonic() - began < 30
+
+
+def test_processes_that_a_signal_meets_before_they_listen_are_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stands_in = tmp_path / "python"
+    stands_in.write_text("#!/bin/sh\nexec sleep 60\n")
+    stands_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stands_in))
+    config = parse_config(json.loads(write_config(tmp_path, [conversation("Hi", "Yes")], gpus=2).read_text()), "x")
+    stop = Stop()
+    stop.ask("SIGTERM")
+    assert _several(tmp_path / "run.json", config, stop) == INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"JOB_COMPLETION_INDEX": "2", "MASTER_ADDR": "run-0"}, "JOB_COMPLETION_INDEX is 2 and the run's 2 machines"),
+        ({"JOB_COMPLETION_INDEX": "-1", "MASTER_ADDR": "run-0"}, "JOB_COMPLETION_INDEX is -1"),
+        ({"JOB_COMPLETION_INDEX": "1"}, "MASTER_ADDR is not set: the machines of a run meet"),
+    ],
+)
+def test_a_machine_that_is_none_of_the_runs_is_refused(
+    environment: dict[str, str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main([str(write_config(tmp_path, [conversation("Hi", "Yes")], nodes=2))]) == REFUSED
+    assert said in capsys.readouterr().err
 
 
 def test_a_signal_ends_it_at_once_but_in_training_it_is_only_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +290,7 @@ def test_the_bundle_runs_by_itself_and_fits_into_a_config_map(tmp_path: Path) ->
     assert len(made) * 4 / 3 < 1 << 20  # as Base64
     (tmp_path / "tonnage.zip").write_bytes(made)
     config = write_config(tmp_path, [conversation("Hi", "Yes")])
-    program = (
+    source = (
         "import runpy, sys\n"
         "sys.path[:] = [sys.argv[1]] + [p for p in sys.path if 'packages' in p or 'lib' in p]\n"
         "sys.argv = ['finetune', 'check', sys.argv[2]]\n"
@@ -249,7 +299,7 @@ def test_the_bundle_runs_by_itself_and_fits_into_a_config_map(tmp_path: Path) ->
         "runpy.run_module('workloads.finetune', run_name='__main__', alter_sys=True)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, tmp_path / "tonnage.zip", config],
+        [sys.executable, "-c", source, tmp_path / "tonnage.zip", config],
         cwd=tmp_path,
         capture_output=True,
         text=True,
