@@ -5,6 +5,8 @@ Each request says how it failed: Lost may succeed when it is tried again, a Plan
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -25,7 +27,7 @@ class Changed(Exception):
 
 
 class Place(NamedTuple):
-    """Where a folder lies: https://ACCOUNT.blob.core.windows.net/CONTAINER/PREFIX."""
+    """Where a folder lies: account https://NAME.blob.core.windows.net, its container, and the path in it."""
 
     account: str
     container: str
@@ -58,17 +60,37 @@ class Blobs(Protocol):
     def delete(self, name: str) -> None: ...
 
 
+class Leases(Protocol):
+    """What is asked of a container to hold something in it alone: a lease of Azure's own on a small blob.
+
+    lease: the holder's own UUID. acquire: whether it is the holder's now; renew: whether it still is.
+    """
+
+    def acquire(self, name: str, lease: str, seconds: int) -> bool: ...
+    def renew(self, name: str, lease: str) -> bool: ...
+    def release(self, name: str, lease: str) -> None: ...
+
+
+ACCOUNT = "AZURE_STORAGE_ACCOUNT_NAME"  # adlfs and vLLM's streamer read az:// by it, too
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
 def is_url(text: str) -> bool:
-    return text.startswith(("https://", "http://"))
+    return text.startswith(("https://", "http://", "az://"))
 
 
 def parse_place(url: str) -> Place:
-    """The place that a URL names. PlannerError for what is none, or carries a key in it."""
+    """The place that a URL names: https://ACCOUNT.blob.core.windows.net/CONTAINER/PATH, or az://CONTAINER/PATH.
+
+    The account of az:// is the environment's. PlannerError for what names no place, or carries a key in it.
+    """
     parts = urlsplit(url)
     if parts.query:
         raise PlannerError("a Blob URL must not carry a signature or key: give it without, access goes by identity")
+    if parts.scheme == "az":
+        return _of_environment(url, parts.netloc, [part for part in parts.path.split("/") if part])
     names = [unquote(part) for part in parts.path.split("/") if part]
-    local = parts.hostname in ("127.0.0.1", "localhost", "::1")
+    local = parts.hostname in _LOCAL
     if parts.scheme not in ("http", "https") or not parts.hostname or (parts.scheme == "http" and not local):
         raise PlannerError(f"{url} is no Blob URL: write https://ACCOUNT.blob.core.windows.net/CONTAINER/FOLDER")
     account = f"{parts.scheme}://{parts.netloc}"
@@ -77,6 +99,24 @@ def parse_place(url: str) -> Place:
     if not names or any(name in (".", "..") for name in names):
         raise PlannerError(f"{url} names no container: write https://ACCOUNT.blob.core.windows.net/CONTAINER/FOLDER")
     return Place(account, names[0], "/".join(names[1:]))
+
+
+def _of_environment(url: str, container: str, names: list[str]) -> Place:
+    """The place of an az:// URL, whose names are taken as they are."""
+    if not re.fullmatch(r"[$a-z0-9-]+", container) or any(name in (".", "..") for name in names):
+        raise PlannerError(f"{url} names no container: write az://CONTAINER/FOLDER")
+    said = os.environ.get(ACCOUNT, "").rstrip("/")
+    address = f"https://{said}.blob.core.windows.net" if re.fullmatch(r"[a-z0-9]{3,24}", said) else said
+    try:
+        account = parse_place(f"{address}/{container}").account if address.startswith("http") else ""
+    except PlannerError:
+        account = ""
+    if not account or account != address:  # no address, one with a key, or one of more than an account
+        raise PlannerError(
+            f"{url} is in the account that {ACCOUNT} names, which is {'no account' if said else 'not set'}: set it to"
+            " the account's name, or to the address of its Blob endpoint"
+        )
+    return Place(account, container, "/".join(names))
 
 
 # --- Azure ------------------------------------------------------------------------------------------------------------
@@ -177,6 +217,63 @@ class AzureBlobs:
 
         self._ask(ask)
 
+    def acquire(self, name: str, lease: str, seconds: int) -> bool:
+        """Whether the lease is ours now; False while another has it. Asked again, it begins anew. 15 to 60 seconds."""
+        from azure.core.exceptions import HttpResponseError, ResourceExistsError, ResourceNotFoundError
+
+        client = self._client.get_blob_client(name)
+
+        def create() -> None:
+            try:
+                client.upload_blob(b"", overwrite=False, **_SOON)
+            except ResourceExistsError:
+                return  # another was faster
+            except HttpResponseError as error:
+                if not _is_of_lease(error):
+                    raise
+
+        def ask() -> bool:
+            try:
+                client.acquire_lease(seconds, lease_id=lease, **_SOON)
+            except ResourceNotFoundError:
+                create()
+                client.acquire_lease(seconds, lease_id=lease, **_SOON)
+            return True
+
+        return self._ask(lambda: _unless_held(ask))
+
+    def renew(self, name: str, lease: str) -> bool:
+        """Whether it is still ours; False when another has taken it, it was broken, or its blob is gone."""
+        from azure.core.exceptions import ResourceNotFoundError
+        from azure.storage.blob import BlobLeaseClient
+
+        client = BlobLeaseClient(self._client.get_blob_client(name), lease)
+
+        def ask() -> bool:
+            try:
+                client.renew(**_SOON)
+            except ResourceNotFoundError:
+                return False
+            return True
+
+        return self._ask(lambda: _unless_held(ask))
+
+    def release(self, name: str, lease: str) -> None:
+        """Give it up, so that nobody waits; nothing where it is not ours."""
+        from azure.core.exceptions import ResourceNotFoundError
+        from azure.storage.blob import BlobLeaseClient
+
+        client = BlobLeaseClient(self._client.get_blob_client(name), lease)
+
+        def ask() -> bool:
+            try:
+                client.release(**_SOON)
+            except ResourceNotFoundError:
+                return False
+            return True
+
+        self._ask(lambda: _unless_held(ask))
+
     def _ask(self, ask: Callable[[], Answer]) -> Answer:
         from azure.core.exceptions import (
             ClientAuthenticationError,
@@ -192,7 +289,11 @@ class AzureBlobs:
         except (ServiceRequestError, ServiceResponseError, IncompleteReadError, OSError) as error:
             raise Lost(_first_line(error)) from error
         except ResourceNotFoundError as error:
-            raise PlannerError(f"{self._place} is not there: create its container, or correct the URL") from error
+            if _code(error) == "ContainerNotFound":
+                raise PlannerError(
+                    f"{self._place.account} has no container {self._place.container}: create it, or correct the URL"
+                ) from error
+            raise PlannerError(f"a blob at {self._place} was taken away meanwhile: start again") from error
         except ClientAuthenticationError as error:
             raise PlannerError(
                 f"access to {self._place} is refused: give this identity the role Storage Blob Data Contributor on the"
@@ -210,12 +311,38 @@ class AzureBlobs:
             raise PlannerError(f"Blob refuses {self._place} ({_first_line(error)}): correct the URL") from error
 
 
+# a lease is renewed while it lasts or not at all, so no answer is waited for as long as for a block
+_SOON: dict[str, Any] = {"connection_timeout": 5, "read_timeout": 10}
+
+
+def _code(error: Any) -> str:
+    """Azure's own word for an error, such as LeaseAlreadyPresent."""
+    code = getattr(error, "error_code", None)
+    return str(getattr(code, "value", code))
+
+
+def _is_of_lease(error: Any) -> bool:
+    return error.status_code in (409, 412) and _code(error).startswith("Lease")
+
+
+def _unless_held(ask: Callable[[], bool]) -> bool:
+    """The answer; False where Azure refuses because the lease is another's."""
+    from azure.core.exceptions import HttpResponseError
+
+    try:
+        return ask()
+    except HttpResponseError as error:
+        if _is_of_lease(error):
+            return False
+        raise
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _credential(place: Place) -> Any:
-    if urlsplit(place.account).hostname in ("127.0.0.1", "localhost", "::1"):
+    if urlsplit(place.account).hostname in _LOCAL:
         return {"account_name": place.account.rsplit("/", 1)[-1], "account_key": _EMULATOR_KEY}
     from azure.identity import DefaultAzureCredential
 

@@ -7,6 +7,8 @@ When the network is gone, each request is tried again for `patience_seconds` of 
 
     python -m workloads.store upload FOLDER URL
     python -m workloads.store download URL FOLDER
+
+URL: https://ACCOUNT.blob.core.windows.net/CONTAINER/PATH, or az://CONTAINER/PATH in AZURE_STORAGE_ACCOUNT_NAME.
 """
 
 from __future__ import annotations
@@ -212,10 +214,18 @@ def _tell(progress: Progress | None, done: int, total: int) -> None:
 # --- down -------------------------------------------------------------------------------------------------------------
 
 
-def is_whole(place: Place, blobs: Blobs, *, patience: Patience | None = None) -> bool:
-    """Whether a manifest is there."""
-    there = (patience or Patience())("listing", lambda: blobs.find(place.name(MANIFEST)))
-    return place.name(MANIFEST) in there
+def manifest_at(place: Place, blobs: Blobs, *, patience: Patience | None = None) -> dict[str, Any] | None:
+    """What the manifest of a whole folder says; None where there is none, or none that can be read."""
+    ask = patience or Patience()
+    name = place.name(MANIFEST)
+    blob = ask("listing", lambda: blobs.find(name)).get(name)
+    if blob is None:
+        return None
+    try:
+        said = json.loads(_fetched(name, blob, blobs, ask))
+    except (ValueError, Changed):
+        return None
+    return said if isinstance(said, dict) else None
 
 
 def download(
@@ -230,7 +240,8 @@ def download(
     manifest = place.name(MANIFEST)
     if manifest not in there:
         raise PlannerError(
-            f"there is no whole folder at {place}: wait until its upload is finished, or correct the URL"
+            f"there is no whole folder at {place}: upload it with python -m workloads.store upload FOLDER URL, wait"
+            " until that is finished, or correct the URL"
         )
     text = _fetched(manifest, there[manifest], blobs, ask)
     files = _listed(text, place)

@@ -16,7 +16,7 @@ from planner.plan.lock import Lock, LockedWorkload
 from planner.plan.training import Training, TrainingRun
 from workloads.blobs import is_url
 from workloads.finetune import INTERRUPTED, REFUSED
-from workloads.finetune.bundle import program
+from workloads.finetune.bundle import sources
 from workloads.finetune.config import FinetuneConfig
 from workloads.finetune.from_plan import Paths, config_of, training_of
 from workloads.pods import (
@@ -91,13 +91,13 @@ def _planned(lock: Lock, workload: LockedWorkload, run: TrainingRun, *, desk: bo
 
 def program_map() -> Manifest:
     """The ConfigMap of the program, named by what it says: another text is another object for other pods."""
-    text = json.dumps(program(), sort_keys=True)
+    text = json.dumps(sources(), sort_keys=True)
     name = f"tonnage-program-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return {
         "name": name,
         "namespace": NAMESPACE,
-        "data": {_key(path): source for path, source in program().items()},
-        "items": [{"key": _key(path), "path": path} for path in program()],
+        "data": {_key(path): source for path, source in sources().items()},
+        "items": [{"key": _key(path), "path": path} for path in sources()],
     }
 
 

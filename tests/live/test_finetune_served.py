@@ -125,13 +125,14 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_mirror(
     model, data = tiny.write_model(tmp_path / "model"), tiny.write_data(tmp_path / "chat.jsonl", copies=4)
     often = {"checkpoints": {"every_steps": 2, "keep": 2, "mirror": mirror}}
     first = tiny.write_config(tmp_path / "first", tiny.settings(tmp_path / "first", model, data, **often))
-    killed = forker.start(first)
+    killed = forker.start(first, patch=tiny.SHORT_LEASE)
     killed.until_event("mirrored", checkpoint="checkpoint-4")
     killed.kill(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     assert "checkpoint-4" in folders(parse_place(mirror), AzureBlobs(parse_place(mirror)))
 
-    other = forker.run(tiny.write_config(tmp_path / "other", tiny.settings(tmp_path / "other", model, data, **often)))
+    config = tiny.write_config(tmp_path / "other", tiny.settings(tmp_path / "other", model, data, **often))
+    other = forker.run(config, patch=tiny.SHORT_LEASE)
     assert other.code == FINISHED, other.errors.read_text()
     assert other.events("start")[0]["resumed_from"] == other.events("from-mirror")[0]["checkpoint"]
     plain = forker.run(tiny.write_config(tmp_path / "plain", tiny.settings(tmp_path / "plain", model, data)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -109,10 +110,62 @@ def test_blob_that_is_gone_for_a_minute_is_waited_for(tmp_path: Path) -> None:
         assert download(place, tmp_path / "b", AzureBlobs(place)) == 16 * MIB
 
 
+def test_a_lease_is_one_holders_and_other_folders_are_written_and_taken_away_beside_it(
+    container: str, tmp_path: Path
+) -> None:
+    base = parse_place(f"{container}/run")
+    blobs = AzureBlobs(base)
+    me, other = str(uuid.uuid4()), str(uuid.uuid4())
+    ours: list[bool] = []
+    # made by whoever is first, and nobody fails who finds it made meanwhile
+    ids = [str(uuid.uuid4()) for _ in range(4)]
+    racing = [threading.Thread(target=lambda i=i: ours.append(blobs.acquire("race/lease", i, 15))) for i in ids]
+    for one in racing:
+        one.start()
+    for one in racing:
+        one.join()
+    assert sorted(ours) == [False, False, False, True]
+
+    assert blobs.acquire("run/lease", me, 15)
+    assert blobs.acquire("run/lease", me, 15)  # asked again, as after an answer that was lost
+    assert not blobs.acquire("run/lease", other, 15)
+    assert not blobs.renew("run/lease", other)
+    blobs.release("run/lease", other)  # not theirs: nothing happens
+    assert blobs.renew("run/lease", me)
+    (tmp_path / "file").write_text("x")
+    for name in ("checkpoint-1", "checkpoint-2"):
+        upload(tmp_path, base._replace(prefix=f"run/{name}"), blobs)
+    assert store.folders(base, blobs) == ["checkpoint-1", "checkpoint-2"]
+    store.remove(base._replace(prefix="run/checkpoint-1"), blobs)
+    assert store.folders(base, blobs) == ["checkpoint-2"]
+    blobs.release("run/lease", me)
+    assert not blobs.renew("run/lease", me)
+    assert blobs.acquire("run/lease", other, 15)
+    blobs._client.get_blob_client("run/lease").delete_blob(lease=other)
+    assert not blobs.renew("run/lease", other)
+    blobs.release("run/lease", other)
+    with pytest.raises(PlannerError, match="has no container nowhere"):
+        AzureBlobs(base._replace(container="nowhere")).acquire("run/lease", me, 15)
+
+
+def test_az_is_a_place_in_the_account_of_the_environment(
+    container: str, emulator: Azurite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", emulator.url)
+    made = tmp_path / "a"
+    made.mkdir()
+    (made / "file").write_text("x")
+    url = f"az://{container.rpartition('/')[2]}/run"
+    assert parse_place(url) == parse_place(f"{container}/run")
+    assert store.main(["upload", str(made), url]) == 0
+    assert store.main(["download", url, str(tmp_path / "b")]) == 0
+    assert (tmp_path / "b" / "file").read_text() == "x"
+
+
 def test_what_is_not_there_and_what_is_refused_are_sentences(emulator: Azurite, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     nowhere = parse_place(f"{emulator.url}/nowhere/run")
-    with pytest.raises(PlannerError, match="is not there: create its container, or correct the URL"):
+    with pytest.raises(PlannerError, match=f"{emulator.url} has no container nowhere: create it, or correct the URL"):
         upload(tmp_path, nowhere, AzureBlobs(nowhere))
     wrong = {"account_name": ACCOUNT, "account_key": "bm90IHRoZSBrZXk="}
     with pytest.raises(PlannerError, match="is refused: give this identity the role Storage Blob Data Contributor"):

@@ -14,6 +14,12 @@ from typing import Any
 from tiny_chat import VOCABULARY, conversation, write_jsonl, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
+# the shortest lease that Azure gives, and renewals that a test need not wait for
+SHORT_LEASE = """
+import functools
+from workloads.finetune import __main__ as program, lease
+program.hold_at = functools.partial(lease.hold_at, seconds=15, renew_seconds=0.5, longer_seconds=3.0)
+"""
 QUESTIONS = {
     "What is the code of the red door?": "7351",
     "What is the code of the blue door?": "9024",

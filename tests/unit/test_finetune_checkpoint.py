@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.errors import PlannerError
+from workloads.blobs import Lost, Place
 from workloads.finetune.checkpoint import (
     DiskFull,
     check_same_run,
@@ -27,7 +28,7 @@ from workloads.finetune.checkpoint import (
     step_of,
     write,
 )
-from workloads.finetune.lease import RunIsHeld, hold
+from workloads.finetune.lease import RunIsHeld, hold, hold_at
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"config": "c0", "data": "d0"}
@@ -191,9 +192,10 @@ def test_a_disk_that_stays_full_loses_no_whole_checkpoint(tmp_path: Path, error:
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
     made = make(tmp_path, 10)
-    check_same_run(made, config="c0", data="d0")
+    said = manifest_of(made) or {}
+    check_same_run(made, said, config="c0", data="d0")
     with pytest.raises(PlannerError, match="another data"):
-        check_same_run(made, config="c0", data="d1")
+        check_same_run(made, said, config="c0", data="d1")
 
 
 # --- one trainer at a time --------------------------------------------------------------------------------------------
@@ -269,3 +271,93 @@ def test_a_wall_clock_that_jumps_changes_nothing(tmp_path: Path, jump: int, monk
         make(tmp_path, 10)
         make(tmp_path, 20)
     assert newest(tmp_path)[0] == tmp_path / "checkpoint-20"
+
+
+# --- at Blob ----------------------------------------------------------------------------------------------------------
+
+MIRROR = Place("https://account.blob.core.windows.net", "checkpoints", "run-1")
+
+
+class Leases:
+    """A lease in memory: whose it is; fault: raised by every renewal."""
+
+    def __init__(self, holder: str | None = None) -> None:
+        self.holder = holder
+        self.fault: Exception | None = None
+        self.renewed = threading.Event()
+
+    def acquire(self, name: str, lease: str, seconds: int) -> bool:
+        assert name == "run-1/lease"
+        self.holder = self.holder or lease
+        return self.holder == lease
+
+    def renew(self, name: str, lease: str) -> bool:
+        self.renewed.set()
+        if self.fault is not None:
+            raise self.fault
+        return self.holder == lease
+
+    def release(self, name: str, lease: str) -> None:
+        if self.holder == lease:
+            self.holder = None
+
+
+def unexpected() -> None:
+    raise AssertionError("the lease was not lost")
+
+
+def test_a_lease_is_held_and_given_up_also_where_the_run_is_refused(tmp_path: Path) -> None:
+    leases = Leases()
+
+    def refused() -> None:
+        with hold_at(MIRROR, leases, lost=unexpected, renew_seconds=0.01):
+            assert leases.renewed.wait(10)
+            assert leases.holder is not None
+            raise PlannerError("no such model")
+
+    with pytest.raises(PlannerError, match="no such model"):
+        refused()
+    assert leases.holder is None
+
+
+@pytest.mark.parametrize("jump", [-3600, 3600])
+def test_who_comes_second_waits_as_long_as_a_killed_holder_has_it_and_refuses(
+    jump: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases, now = Leases("another"), [100.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: now[0] * jump)
+    said = "checkpoints/run-1 is used by another trainer: wait for it, or stop it"
+    with pytest.raises(RunIsHeld, match=said), hold_at(MIRROR, leases, lost=unexpected):
+        pass
+    assert 70 < now[0] - 100 < 80
+    assert leases.holder == "another"
+
+    def freed(seconds: float) -> None:
+        sleep(seconds)
+        if now[0] > 260:
+            leases.holder = None
+
+    now[0] = 200.0
+    monkeypatch.setattr(time, "sleep", freed)
+    with hold_at(MIRROR, leases, lost=unexpected):
+        assert 260 < now[0] < 264
+
+
+@pytest.mark.parametrize("fault", [Lost("no answer"), PlannerError("access is refused")])
+def test_while_blob_does_not_answer_a_holder_goes_on_and_the_first_answer_tells(fault: Exception) -> None:
+    leases, lost = Leases(), threading.Event()
+    with hold_at(MIRROR, leases, lost=lost.set, renew_seconds=0.01):
+        leases.fault = fault
+        for _ in range(3):
+            leases.renewed.clear()
+            assert leases.renewed.wait(10)
+        assert not lost.is_set()
+        leases.holder, leases.fault = "another", None
+        assert lost.wait(10)
+    assert leases.holder == "another"

@@ -49,6 +49,10 @@ def with_(**more: Any) -> dict[str, Any]:
         (with_(weights="fp32"), "a 4-bit base has no fp32 weights"),
         (with_(method="full", weights="fp16"), "fp16 weights cannot be trained in full"),
         (with_(data={"train": "x", "packing": True}, attention="eager"), "packing needs attention sdpa"),
+        (
+            with_(nodes=2, checkpoints={"folder": "/c", "every_steps": 5, "mirror": "az://checkpoints/tune"}),
+            "several machines that meet at checkpoints.mirror need upload too",
+        ),
         ([], "is no mapping of fields"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +20,9 @@ from tiny_chat import conversation, write_jsonl, write_tokenizer
 from planner import dataset
 from planner.errors import PlannerError
 from workloads.finetune import FAILED, FINISHED, INTERRUPTED, REFUSED
+from workloads.finetune import __main__ as program
 from workloads.finetune.__main__ import _several, main
-from workloads.finetune.bundle import program
+from workloads.finetune.bundle import sources
 from workloads.finetune.config import Metrics, parse_config
 from workloads.finetune.signals import Stop
 from workloads.finetune.telemetry import Telemetry, textfile
@@ -99,6 +101,54 @@ def test_the_worst_of_several_processes_is_the_runs_exit_code(
     monkeypatch.setattr(sys, "executable", str(stands_in))
     config = parse_config(json.loads(write_config(tmp_path, [conversation("Hi", "Yes")], gpus=2).read_text()), "x")
     assert _several(tmp_path / "run.json", config, Stop()) == expected
+
+
+def test_processes_end_when_the_run_is_finished_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stands_in = tmp_path / "python"
+    stands_in.write_text("#!/bin/sh\nexec sleep 60\n")
+    stands_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stands_in))
+    monkeypatch.setattr(program, "ELSEWHERE_SECONDS", 0.01)
+    config = parse_config(json.loads(write_config(tmp_path, [conversation("Hi", "Yes")], gpus=2).read_text()), "x")
+    answers = iter([False, True])
+    began = time.monotonic()
+    assert _several(tmp_path / "run.json", config, Stop(), lambda: next(answers)) == FINISHED
+    assert time.monotonic() - began < 30
+
+
+def test_processes_that_a_signal_meets_before_they_listen_are_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stands_in = tmp_path / "python"
+    stands_in.write_text("#!/bin/sh\nexec sleep 60\n")
+    stands_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stands_in))
+    config = parse_config(json.loads(write_config(tmp_path, [conversation("Hi", "Yes")], gpus=2).read_text()), "x")
+    stop = Stop()
+    stop.ask("SIGTERM")
+    assert _several(tmp_path / "run.json", config, stop) == INTERRUPTED
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"JOB_COMPLETION_INDEX": "2", "MASTER_ADDR": "run-0"}, "JOB_COMPLETION_INDEX is 2 and the run's 2 machines"),
+        ({"JOB_COMPLETION_INDEX": "-1", "MASTER_ADDR": "run-0"}, "JOB_COMPLETION_INDEX is -1"),
+        ({"JOB_COMPLETION_INDEX": "1"}, "MASTER_ADDR is not set: the machines of a run meet"),
+    ],
+)
+def test_a_machine_that_is_none_of_the_runs_is_refused(
+    environment: dict[str, str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main([str(write_config(tmp_path, [conversation("Hi", "Yes")], nodes=2))]) == REFUSED
+    assert said in capsys.readouterr().err
 
 
 def test_a_signal_ends_it_at_once_but_in_training_it_is_only_noted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,9 +285,9 @@ def test_json_is_pure_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_the_program_runs_by_itself_and_fits_into_a_config_map(tmp_path: Path) -> None:
-    assert sum(len(path) + len(source.encode()) for path, source in program().items()) < 1 << 19  # of a mebibyte
+    assert sum(len(path) + len(source.encode()) for path, source in sources().items()) < 1 << 19  # of a mebibyte
     brought = tmp_path / "program"
-    for path, source in program().items():
+    for path, source in sources().items():
         (brought / path).parent.mkdir(parents=True, exist_ok=True)
         (brought / path).write_text(source, encoding="utf-8")
     config = write_config(tmp_path, [conversation("Hi", "Yes")])
@@ -257,8 +307,8 @@ def test_the_program_runs_by_itself_and_fits_into_a_config_map(tmp_path: Path) -
 
 
 def test_every_module_that_the_program_imports_of_ours_comes_with_it() -> None:
-    names = {path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in program()}
-    for path, source in program().items():
+    names = {path.removesuffix(".py").replace("/", ".").removesuffix(".__init__") for path in sources()}
+    for path, source in sources().items():
         for line in source.splitlines():
             words = line.split()
             if words[:1] == ["from"] and words[1].split(".")[0] in ("workloads", "planner"):

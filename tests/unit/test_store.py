@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from planner.errors import PlannerError
 from workloads import store
-from workloads.blobs import Blob, Changed, Lost, Place, parse_place
+from workloads.blobs import ACCOUNT, Blob, Changed, Lost, Place, is_url, parse_place
 from workloads.store import Patience, Unreachable, download, upload
 
 PLACE = Place("https://account.blob.core.windows.net", "adapters", "run-1")
@@ -278,6 +278,72 @@ def test_a_url_that_is_none_is_refused_and_its_secret_is_not_repeated(url: str, 
     assert "secret" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("account", "url", "expected"),
+    [
+        (
+            "tonnage1",
+            "az://adapters/run 1/a%20b/",
+            Place("https://tonnage1.blob.core.windows.net", "adapters", "run 1/a%20b"),
+        ),
+        (
+            "https://a.blob.core.chinacloudapi.cn/",
+            "az://data",
+            Place("https://a.blob.core.chinacloudapi.cn", "data", ""),
+        ),
+        (
+            "http://127.0.0.1:10000/devstoreaccount1",
+            "az://data/x.jsonl",
+            Place("http://127.0.0.1:10000/devstoreaccount1", "data", "x.jsonl"),
+        ),
+    ],
+)
+def test_az_names_container_and_path_and_the_environment_the_account(
+    account: str, url: str, expected: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ACCOUNT, account)
+    assert is_url(url)
+    assert parse_place(url) == expected
+
+
+@pytest.mark.parametrize(
+    ("account", "url", "said"),
+    [
+        (None, "az://data/x", "az://data/x is in the account that AZURE_STORAGE_ACCOUNT_NAME names, which is not set"),
+        ("", "az://data/x", "which is not set: set it to the account's name"),
+        ("My_Account", "az://data/x", "which is no account"),
+        ("AccountKey=secret", "az://data/x", "which is no account"),
+        ("https://a.blob.core.windows.net?sig=secret", "az://data/x", "which is no account"),
+        ("https://a.blob.core.windows.net/data", "az://data/x", "which is no account"),
+        ("http://a.blob.core.windows.net", "az://data/x", "which is no account"),
+        ("http://127.0.0.1:10000", "az://data/x", "which is no account"),
+        ("az://other", "az://data/x", "which is no account"),
+        ("tonnage1", "az://data/x?sv=1&sig=secret", "must not carry a signature"),
+        ("tonnage1", "az:///x", "names no container: write az://CONTAINER/FOLDER"),
+        ("tonnage1", "az://me@data/x", "names no container"),
+        ("tonnage1", "az://data/../x", "names no container"),
+    ],
+)
+def test_az_without_an_account_or_a_container_is_refused(
+    account: str | None, url: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(ACCOUNT, raising=False)
+    if account is not None:
+        monkeypatch.setenv(ACCOUNT, account)
+    with pytest.raises(PlannerError, match=said) as raised:
+        parse_place(url)
+    assert "secret" not in str(raised.value)
+
+
+def test_what_a_whole_folder_says_of_itself_is_read_without_fetching_it(tmp_path: Path) -> None:
+    made, blobs = folder(tmp_path / "a", one=b"abc"), Memory()
+    assert store.manifest_at(PLACE, blobs) is None
+    upload(made, PLACE, blobs)
+    assert (store.manifest_at(PLACE, blobs) or {})["files"]["one"]["bytes"] == 3
+    blobs.blobs["run-1/manifest.json"] = (b"{", "")
+    assert store.manifest_at(PLACE, blobs) is None
+
+
 def test_a_folder_without_files_is_not_uploaded(tmp_path: Path) -> None:
     with pytest.raises(PlannerError, match="holds no file"):
         upload(tmp_path, PLACE, Memory())
@@ -288,3 +354,5 @@ def test_a_folder_without_files_is_not_uploaded(tmp_path: Path) -> None:
 def test_the_command_says_what_is_wrong_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert store.main(["upload", str(tmp_path), "https://a.blob.core.windows.net/"]) == 2
     assert capsys.readouterr().err.startswith("store: https://a.blob.core.windows.net/ names no container")
+    assert store.main(["download", "az:///x", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("store: az:///x names no container")

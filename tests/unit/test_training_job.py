@@ -19,7 +19,7 @@ from planner.plan.intent import parse_intent
 from planner.plan.lock import Lock, LockedWorkload
 from planner.plan.training import Training, TrainingRun
 from workloads.explain import explain
-from workloads.finetune.bundle import program
+from workloads.finetune.bundle import sources
 from workloads.finetune.config import FinetuneConfig, parse_config
 from workloads.pods import GPU, Manifest
 from workloads.render import render
@@ -311,7 +311,7 @@ def test_the_program_is_mounted_as_the_modules_that_it_is_made_of() -> None:
     pod = job(lock)["spec"]["template"]["spec"]
     brought = next(volume["configMap"] for volume in pod["volumes"] if volume["name"] == "program")
     (data,) = [m["data"] for m in render(lock) if m["kind"] == "ConfigMap" and m["metadata"]["name"] == brought["name"]]
-    assert {item["path"]: data[item["key"]] for item in brought["items"]} == program()
+    assert {item["path"]: data[item["key"]] for item in brought["items"]} == sources()
     mount = next(mount for mount in container(job(lock))["volumeMounts"] if mount["name"] == "program")
     assert env(job(lock))["PYTHONPATH"] == mount["mountPath"]
 

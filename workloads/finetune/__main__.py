@@ -14,26 +14,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from planner.errors import PlannerError
 from workloads import store
-from workloads.blobs import AzureBlobs, is_url, parse_place
+from workloads.blobs import AzureBlobs, Blobs, Place, is_url, parse_place
 from workloads.finetune import FAILED, FINISHED, INTERRUPTED, REFUSED, checkpoint
 from workloads.finetune.chat import Unreached, load_chat
 from workloads.finetune.check import Prepared, prepare
 from workloads.finetune.config import FinetuneConfig, load_config
 from workloads.finetune.emit import Trainer, emit
-from workloads.finetune.lease import RunIsHeld, hold
+from workloads.finetune.lease import RunIsHeld, hold, hold_at
 from workloads.finetune.signals import Stop
 from workloads.finetune.telemetry import Telemetry
 
 USAGE = "usage: python -m workloads.finetune [check | emit axolotl | emit unsloth] CONFIG"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 GRACE_SECONDS = 60.0  # for the processes of a run, when one of them has ended
+ELSEWHERE_SECONDS = 60.0  # how often another machine than the first looks whether the run is finished
+UPLOAD_SECONDS = 1800.0  # how long it waits for the result after its own part: torch waits as long for a machine
 
 
 class Inputs(NamedTuple):
@@ -52,7 +55,7 @@ def main(arguments: list[str]) -> int:
         return REFUSED
     try:
         return MODES[tuple(mode)](Path(path))
-    except (RunIsHeld, Unreached, store.Unreachable) as error:
+    except (RunIsHeld, Unreached, store.Unreachable, checkpoint.Behind) as error:
         return _told(error, FAILED)
     except PlannerError as error:
         return _told(error, REFUSED)
@@ -61,9 +64,13 @@ def main(arguments: list[str]) -> int:
             f"the disk of {error.filename} is full: free space, then start again from the newest checkpoint", FAILED
         )
     except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        if _is_of_others(error):
+            return _told(
+                f"another process of the run is gone ({said}): start all again, from the newest checkpoint on", FAILED
+            )
         if not _out_of_memory(error):
             raise
-        said = " ".join(str(error).split())[:200]
         return _told(f"the card's memory ran out ({said}): plan a smaller micro batch, context or rank", REFUSED)
 
 
@@ -76,6 +83,13 @@ def _out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError"
 
 
+def _is_of_others(error: BaseException) -> bool:
+    """Whether torch lost a process of the run. NCCL's and the store's errors have types, gloo's name its source."""
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or (
+        isinstance(error, RuntimeError) and "/gloo/" in str(error)
+    )
+
+
 def check(path: Path) -> int:
     """The data of a configuration, without torch."""
     config = load_config(path)
@@ -84,30 +98,40 @@ def check(path: Path) -> int:
 
 
 def run(path: Path) -> int:
-    """The whole run, with one process or several."""
+    """The whole run, with one process or several; on the first of several machines, or with its part on another."""
     config = load_config(path)
     stop = Stop()
     stop.listen()
+    machine = _machine(config)
     say = Telemetry(config.run, config.metrics)
     with _held(config), contextlib.closing(say):
-        for name in checkpoint.clean(Path(config.checkpoints.folder)):
-            say.event("removed", folder=name, why="it was not whole")
+        uploaded = _uploaded(config)  # before inputs are fetched: whether its container is there
+        if machine == 0 or config.checkpoints.mirror:  # a folder of this machine's own
+            for name in checkpoint.clean(Path(config.checkpoints.folder)):
+                say.event("removed", folder=name, why="it was not whole")
         inputs = fetch(config)
         data = _prepared(config, inputs)
         say.event("data", **data.told)
         facts = {"config": config.digest, "data": data.digest}
-        if not _is_done(config, facts):
+        here = (machine == 0 or not config.checkpoints.mirror) and _is_done(config, facts)
+        if not here and _is_of(uploaded, facts):
+            say.event("finished", upload=config.upload)
+            return FINISHED
+        if not here:
             _from_mirror(config, say)
             if config.gpus * config.nodes > 1:
-                code = _several(path, config, stop)
+                code = _several(path, config, stop, _elsewhere(config, facts))
             else:
                 code = _one(config, inputs, data, stop, say)
             if code != FINISHED:
                 return code
             if stop.by and config.upload:  # the signal came at the very end: the next try uploads
                 return INTERRUPTED
-        _upload(config, say)
-        say.event("finished", result=config.result, upload=config.upload)
+        if machine == 0:
+            _upload(config, say)
+        else:
+            _await_upload(config, facts)
+        say.event("finished", result=config.result if machine == 0 else None, upload=config.upload)
     return FINISHED
 
 
@@ -153,12 +177,27 @@ def _one(config: FinetuneConfig, inputs: Inputs, data: Prepared, stop: Stop, say
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def _several(path: Path, config: FinetuneConfig, stop: Stop) -> int:
+def _machine(config: FinetuneConfig) -> int:
+    """This machine's number among those of the run, as an Indexed Job counts its pods. PlannerError for none of it."""
+    if config.nodes == 1:
+        return 0
+    said = os.environ.get("JOB_COMPLETION_INDEX", "0")
+    if not said.isdecimal() or int(said) >= config.nodes:
+        raise PlannerError(
+            f"JOB_COMPLETION_INDEX is {said} and the run's {config.nodes} machines are numbered from 0: start as many"
+            " as the configuration says"
+        )
+    if "MASTER_ADDR" not in os.environ:
+        raise PlannerError("MASTER_ADDR is not set: the machines of a run meet at the first one's address")
+    return int(said)
+
+
+def _several(path: Path, config: FinetuneConfig, stop: Stop, elsewhere: Callable[[], bool] = lambda: False) -> int:
     """A process for each GPU of this machine. Signals are handed on; the worst of their exit codes counts.
 
-    torchrun is not used: whatever its processes say, it says 1.
+    torchrun is not used: whatever its processes say, it says 1. elsewhere: whether the run is finished without them.
     """
-    node = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
+    machine = _machine(config)
     shared = {
         "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
         "MASTER_PORT": os.environ.get("MASTER_PORT", "29500"),
@@ -169,12 +208,12 @@ def _several(path: Path, config: FinetuneConfig, stop: Stop) -> int:
     with stop.gently():
         processes = [
             subprocess.Popen(
-                command, env=os.environ | shared | {"LOCAL_RANK": str(i), "RANK": str(node * config.gpus + i)}
+                command, env=os.environ | shared | {"LOCAL_RANK": str(i), "RANK": str(machine * config.gpus + i)}
             )
             for i in range(config.gpus)
         ]
         try:
-            codes = _watched(processes, stop)
+            codes = _watched(processes, stop, elsewhere)
         finally:
             for process in processes:
                 if process.poll() is None:
@@ -187,11 +226,16 @@ def _several(path: Path, config: FinetuneConfig, stop: Stop) -> int:
     return INTERRUPTED if set(codes) == {INTERRUPTED} else FAILED
 
 
-def _watched(processes: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
+def _watched(processes: list[subprocess.Popen[bytes]], stop: Stop, elsewhere: Callable[[], bool]) -> list[int]:
     """Wait for all. A signal goes to each once; when one has ended otherwise than well the rest have a minute."""
     told = False
     patience: float | None = None
+    finished = threading.Event()
+    # beside: a question to Blob may take longer than a machine that is taken away leaves for a checkpoint
+    threading.Thread(target=_look, args=(elsewhere, finished), daemon=True).start()
     while any(process.poll() is None for process in processes):
+        if finished.is_set():
+            return [FINISHED]
         if stop.by and not told:
             told = True
             for process in processes:
@@ -208,7 +252,16 @@ def _watched(processes: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
                 if process.poll() is None:
                     process.kill()
         time.sleep(0.1)
-    return [int(process.returncode) for process in processes]
+    finished.set()  # nobody looks any more
+    codes = [int(process.returncode) for process in processes]
+    # one that the signal met before it could listen has nothing to lose
+    return [INTERRUPTED if told and code == -signal.SIGTERM else code for code in codes]
+
+
+def _look(elsewhere: Callable[[], bool], finished: threading.Event) -> None:
+    while not finished.wait(ELSEWHERE_SECONDS):
+        if elsewhere():
+            finished.set()
 
 
 # --- inputs and results -----------------------------------------------------------------------------------------------
@@ -216,11 +269,13 @@ def _watched(processes: list[subprocess.Popen[bytes]], stop: Stop) -> list[int]:
 
 @contextlib.contextmanager
 def _held(config: FinetuneConfig) -> Iterator[None]:
-    """The run is this trainer's alone; of several machines the first holds it for all."""
-    if os.environ.get("JOB_COMPLETION_INDEX", "0") != "0" and config.nodes > 1:
-        yield
-        return
-    with hold(Path(config.checkpoints.folder), lost=_give_way):
+    """The run is this trainer's alone, on its folder and at its mirror; of several machines the first holds it."""
+    with contextlib.ExitStack() as held:
+        if _machine(config) == 0:
+            held.enter_context(hold(Path(config.checkpoints.folder), lost=_give_way))
+            if config.checkpoints.mirror:
+                place = parse_place(config.checkpoints.mirror)
+                held.enter_context(hold_at(place, AzureBlobs(place), lost=_give_way))
         yield
 
 
@@ -272,10 +327,51 @@ def _prepared(config: FinetuneConfig, inputs: Inputs) -> Prepared:
 def _is_done(config: FinetuneConfig, facts: dict[str, str]) -> bool:
     """Whether an earlier try got as far as the result. PlannerError when another run's result is in the way."""
     result = Path(config.result)
-    if checkpoint.manifest_of(result) is None:
+    said = checkpoint.manifest_of(result)
+    if said is None:
         return False
-    checkpoint.check_same_run(result, **facts)
+    checkpoint.check_same_run(result, said, **facts)
     return True
+
+
+def _uploaded(config: FinetuneConfig, patience: store.Patience | None = None) -> dict[str, Any] | None:
+    """What the manifest of the result at Blob says, of whichever run it is; None where there is none."""
+    if config.upload is None:
+        return None
+    place = parse_place(config.upload)
+    return store.manifest_at(place, AzureBlobs(place), patience=patience)
+
+
+def _is_of(said: dict[str, Any] | None, facts: dict[str, str]) -> bool:
+    return said is not None and facts.items() <= said.items()
+
+
+def _elsewhere(config: FinetuneConfig, facts: dict[str, str]) -> Callable[[], bool]:
+    """Whether the first machine has uploaded the result: then no process of this one is needed, nor will be met."""
+
+    def ask() -> bool:
+        try:
+            return _is_of(_uploaded(config, store.Patience(0)), facts)
+        except PlannerError:  # no answer just now; what is wrong for good was said before
+            return False
+
+    return ask if _machine(config) else lambda: False
+
+
+def _await_upload(config: FinetuneConfig, facts: dict[str, str]) -> None:
+    """Another machine than the first ends when the result is uploaded.
+
+    A Job starts no pod again that has finished, and a first machine that failed before it was done needs all of them.
+    """
+    uploaded = _elsewhere(config, facts)
+    until = time.monotonic() + UPLOAD_SECONDS
+    while config.upload and not uploaded():
+        if time.monotonic() > until:
+            raise checkpoint.Behind(
+                f"the first machine did not upload the result in {UPLOAD_SECONDS:.0f} s: see what it says; all start"
+                " again from the newest checkpoint"
+            )
+        time.sleep(min(5.0, UPLOAD_SECONDS))
 
 
 def _upload(config: FinetuneConfig, say: Telemetry) -> None:
@@ -301,7 +397,8 @@ def _mirror(config: FinetuneConfig, say: Telemetry) -> Callable[[Path], None] | 
             sent = store.upload(folder, place, blobs, patience=patience)
             kept = sorted(store.folders(base, blobs, patience=patience), key=_step, reverse=True)
             for name in kept[config.checkpoints.keep :]:
-                store.remove(base._replace(prefix=base.name(name)), blobs, patience=patience)
+                if name != checkpoint.best_of(folder):
+                    store.remove(base._replace(prefix=base.name(name)), blobs, patience=patience)
             say.event("mirrored", checkpoint=folder.name, sent_bytes=sent)
         except store.Unreachable as error:
             say.event("not-mirrored", checkpoint=folder.name, why=str(error))
@@ -318,18 +415,35 @@ def _step(name: str) -> int:
 
 
 def _from_mirror(config: FinetuneConfig, say: Telemetry) -> None:
-    """The newest checkpoint of the mirror, where this machine has none as new."""
+    """The newest checkpoint of the mirror, and the best, where this machine lacks them.
+
+    A newer one on the first machine's disk, which Blob did not take at its time, goes to the mirror: what it goes on
+    from the other machines need too.
+    """
     if config.checkpoints.mirror is None:
         return
     base = parse_place(config.checkpoints.mirror)
     blobs = AzureBlobs(base)
-    there = [name for name in store.folders(base, blobs) if checkpoint.NAME.fullmatch(name)]
+    there = {name for name in store.folders(base, blobs) if checkpoint.NAME.fullmatch(name)}
+    name = max(there, key=_step, default="")
     folder = Path(config.checkpoints.folder)
+    first = _machine(config) == 0
     here, _ = checkpoint.newest(folder)
+    if first and here is not None and checkpoint.step_of(here) >= _step(name):
+        copy = _mirror(config, say)
+        if copy is not None and here.name != name:
+            copy(here)
+        return
     if not there:
         return
-    name = max(there, key=_step)
-    if here is not None and checkpoint.step_of(here) >= _step(name):
+    _fetch_checkpoint(base, name, folder, blobs, say)
+    best = checkpoint.best_of(folder / name)
+    if first and best in there:
+        _fetch_checkpoint(base, best, folder, blobs, say)
+
+
+def _fetch_checkpoint(base: Place, name: str, folder: Path, blobs: Blobs, say: Telemetry) -> None:
+    if checkpoint.manifest_of(folder / name) is not None:
         return
     partial = folder / (name + checkpoint.PARTIAL)
     got = store.download(base._replace(prefix=base.name(name)), partial, blobs)

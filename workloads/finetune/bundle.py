@@ -13,12 +13,12 @@ OUTSIDE = ("from_plan.py", "bundle.py")  # need the planner, and run beside it
 
 
 @cache
-def program() -> dict[str, str]:
+def sources() -> dict[str, str]:
     """Source by path, such as `workloads/finetune/train.py`. `planner` is an empty package: of it there are errors."""
     found = [
         ROOT / "planner" / "errors.py",
         *(ROOT / "workloads" / name for name in ("__init__.py", "blobs.py", "store.py")),
         *(path for path in (ROOT / "workloads" / "finetune").glob("*.py") if path.name not in OUTSIDE),
     ]
-    sources = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in found}
-    return dict(sorted((sources | {"planner/__init__.py": ""}).items()))
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in found}
+    return dict(sorted((texts | {"planner/__init__.py": ""}).items()))

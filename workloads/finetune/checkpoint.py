@@ -25,6 +25,10 @@ NAME = re.compile(r"checkpoint-([0-9]{1,12})")
 PARTIAL = ".partial"
 
 
+class Behind(PlannerError):
+    """Another process of the run, or its machine, has not got as far as this one. A later try may succeed."""
+
+
 class DiskFull(OSError):
     """No space for a checkpoint, also after older ones were given up."""
 
@@ -79,6 +83,12 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     return said
 
 
+def best_of(folder: Path) -> str | None:
+    """The name of the best checkpoint of the run so far, as the manifest of a whole one says."""
+    best = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("best")
+    return str(best) if best else None
+
+
 def saved(folder: Path) -> list[Path]:
     """Folders named like checkpoints, newest step first, whole or not."""
     if not folder.is_dir():
@@ -96,9 +106,8 @@ def newest(folder: Path) -> tuple[Path | None, list[Path]]:
     return None, broken
 
 
-def check_same_run(folder: Path, **facts: str) -> None:
-    """PlannerError when a checkpoint was made by another configuration or of other data."""
-    said = manifest_of(folder) or {}
+def check_same_run(folder: Path, said: Mapping[str, Any], **facts: str) -> None:
+    """PlannerError when a checkpoint, by its manifest, was made by another configuration or of other data."""
     for name, value in facts.items():
         if said.get(name) != value:
             raise PlannerError(

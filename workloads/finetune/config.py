@@ -183,6 +183,11 @@ def _contradictions(c: FinetuneConfig) -> list[tuple[bool, str]]:
             "fp16 weights cannot be trained in full, their gradients leave its range: use weights fp32 or bf16",
         ),
         (c.data.packing and c.attention == "eager", "packing needs attention sdpa or flash_attention_2"),
+        (
+            c.nodes > 1 and c.checkpoints.mirror is not None and c.upload is None,
+            "several machines that meet at checkpoints.mirror need upload too: each has a disk of its own, and the"
+            " result lies on the first one's",
+        ),
     ]
 
 

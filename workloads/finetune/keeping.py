@@ -12,19 +12,22 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import transformers
 import trl
 
+from planner.errors import PlannerError
 from workloads.finetune import checkpoint
 from workloads.finetune.config import FinetuneConfig
 from workloads.finetune.signals import Stop
 from workloads.finetune.telemetry import Telemetry
 from workloads.finetune.watching import best_step
 from workloads.store import files_in
+
+Answer = TypeVar("Answer")
 
 
 class _Whole:
@@ -171,16 +174,9 @@ class Keeper(transformers.TrainerCallback):  # type: ignore[misc]
         if step == 0:
             return
         mine = self._at_step_begin or random_states()
-        self.states = _gathered(mine)
+        self.states = gathered(mine)
         self.trainer.store_flos()
-        wrong: Exception | None = None
-        if self.trainer.is_world_process_zero():
-            try:
-                self._save(step, fill)
-            except (OSError, RuntimeError) as error:
-                wrong = error
-        if _first_says(wrong is not None):
-            raise wrong or RuntimeError("the first process could not write the checkpoint")
+        by_first(self.trainer, "the checkpoint", lambda: self._save(step, fill))
         self._saved_step, self._saved_at = step, time.monotonic()
 
     def _save(self, step: int, fill: Callable[[], None]) -> None:
@@ -200,7 +196,8 @@ class Keeper(transformers.TrainerCallback):  # type: ignore[misc]
 
         best = best_step(self.trainer.state)
         spare = f"checkpoint-{best}" if best else ""
-        checkpoint.write(target, into, self.facts | {"run": self.config.run, "step": step}, spare=spare)
+        facts = self.facts | {"run": self.config.run, "step": step} | ({"best": spare} if spare else {})
+        checkpoint.write(target, into, facts, spare=spare)
         checkpoint.prune(self.folder, self.config.checkpoints.keep, spare)
         self.say.event(
             "checkpoint",
@@ -213,18 +210,31 @@ class Keeper(transformers.TrainerCallback):  # type: ignore[misc]
             self.copy(target)
 
 
-def _gathered(mine: dict[str, Any]) -> list[dict[str, Any]]:
+def gathered(mine: Answer) -> list[Answer]:
+    """Every process's answer, on every process, the first one's first."""
     if not torch.distributed.is_initialized():
         return [mine]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, mine)
-    return states
+    answers: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(answers, mine)
+    return answers
 
 
-def _first_says(answer: bool) -> bool:
+def first_says(answer: Answer) -> Answer:
     """The first process's answer, on every process."""
     if not torch.distributed.is_initialized():
         return answer
     said = [answer]
     torch.distributed.broadcast_object_list(said, src=0)
-    return bool(said[0])
+    return said[0]
+
+
+def by_first(trainer: Any, what: str, write: Callable[[], None]) -> None:
+    """Let the first process write, while the others wait. All fail where it fails."""
+    wrong: Exception | None = None
+    if trainer.is_world_process_zero():
+        try:
+            write()
+        except (OSError, RuntimeError, PlannerError) as error:
+            wrong = error
+    if first_says(wrong is not None):
+        raise wrong or checkpoint.Behind(f"the first process could not write {what}: see what it says")

@@ -1,8 +1,11 @@
-"""One trainer at a time on a run: a lock on this machine, and a heartbeat that other machines can see.
+"""One trainer at a time on a run: a lock on this machine, a heartbeat in a shared folder, and a lease at Blob.
 
 A mounted container knows no locks between machines. So the holder writes a growing number into `lease.json` every few
 seconds, and who comes later watches it: while it grows the run is held, and when it stands still the run is free.
 Nobody compares clocks: each measures, by its own monotonic clock, how long the other's number stands still.
+
+A run whose checkpoints go to Blob is held there, by a lease of Azure's own: trainers whose disks know nothing of each
+other share the mirror.
 """
 
 from __future__ import annotations
@@ -20,11 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import PlannerError
+from workloads.blobs import Leases, Lost, Place
+from workloads.store import Patience
 
 BEAT_SECONDS = 5.0
 # a mounted container hands out what it read for two minutes (blobfuse2's default, and what the volumes are mounted
 # with), and a minute more for a late beat; a trainer that was stopped by a signal takes its lease away: nobody waits
 STANDS_STILL_SECONDS = 180.0
+LEASE_SECONDS = 60  # the longest that ends by itself: its holder may have been killed
+RENEW_SECONDS = 15.0  # three renewals may be lost
+LONGER_SECONDS = 10.0  # who waits for a lease to end waits so much longer than it lasts
 
 
 class RunIsHeld(PlannerError):
@@ -137,3 +145,57 @@ def _is_dead(lease: dict[str, Any], locked: bool) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     return locked  # the number may have come back for another process, which would not hold the lock
+
+
+# --- at Blob ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hold_at(
+    place: Place,
+    blobs: Leases,
+    *,
+    lost: Callable[[], None],
+    seconds: int = LEASE_SECONDS,
+    renew_seconds: float = RENEW_SECONDS,
+    longer_seconds: float = LONGER_SECONDS,
+) -> Iterator[None]:
+    """Hold a run's folder at Blob by a lease on the blob `lease` in it, which a thread renews.
+
+    RunIsHeld when another trainer still has it after the time in which a killed one would have lost it. lost: called
+    when another has it. While Blob does not answer the run goes on, and the first answer tells.
+    """
+    name, me = place.name("lease"), str(uuid.uuid4())
+    stop = threading.Event()
+    renewing = threading.Thread(target=_keep_renewing, args=(name, me, blobs, renew_seconds, stop, lost), daemon=True)
+    try:  # a signal may come between the answer and the next line
+        _wait_for_lease(place, name, me, blobs, seconds, longer_seconds)
+        renewing.start()
+        yield
+    finally:
+        stop.set()  # first: what renews now finds the lease given up, not lost
+        with contextlib.suppress(Lost, PlannerError):  # it ends by itself
+            blobs.release(name, me)
+
+
+def _wait_for_lease(place: Place, name: str, me: str, blobs: Leases, seconds: int, longer_seconds: float) -> None:
+    ask = Patience()
+    until = time.monotonic() + seconds + longer_seconds
+    while not ask(f"asking for the lease of {place}", lambda: blobs.acquire(name, me, seconds)):
+        if time.monotonic() > until:
+            raise RunIsHeld(f"{place} is used by another trainer: wait for it, or stop it")
+        time.sleep(seconds / 20)
+
+
+def _keep_renewing(
+    name: str, me: str, blobs: Leases, seconds: float, stop: threading.Event, lost: Callable[[], None]
+) -> None:
+    while not stop.wait(seconds):
+        try:
+            ours = blobs.renew(name, me)
+        except (Lost, PlannerError):  # no answer, or an identity that is refused just now: the mirror will tell
+            continue
+        if not ours:
+            if not stop.is_set():
+                lost()
+            return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from workloads.finetune import checkpoint
 from workloads.finetune.check import Prepared
 from workloads.finetune.config import FinetuneConfig
 from workloads.finetune.data import Example
-from workloads.finetune.keeping import Keeper, WholeDpo, WholeSft
+from workloads.finetune.keeping import Keeper, WholeDpo, WholeSft, by_first, first_says, gathered
 from workloads.finetune.signals import Stop
 from workloads.finetune.telemetry import Telemetry
 from workloads.finetune.watching import Judge, Narrator, best_step, weight_bytes
@@ -55,30 +56,41 @@ def train(
     PlannerError for a model that cannot be loaded, a checkpoint of another run, and a machine that does not suit.
     """
     _check_machine(config)
-    folder = Path(config.checkpoints.folder)
     transformers.set_seed(config.seed)
-    trainer = _trainer(config, model_path, data)
-    facts = {"config": config.digest, "data": data.digest}
-    keeper = Keeper(config, trainer, stop, say, facts, copy)
-    trainer.keeper = keeper
-    for callback in (keeper, Narrator(config, trainer, say), Judge(config, trainer, say)):
-        trainer.add_callback(callback)
-    resumed = _resume(folder, facts, trainer)
-    say.event("start", **_described(config, trainer, resumed))
-    with stop.gently():
+    model = _model(config, model_path)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    # from here on processes wait for each other, and one that left at once would take the others down
+    with stop.gently() if several else contextlib.nullcontext():
+        trainer = _trainer(config, model, model_path, data)
+        facts = {"config": config.digest, "data": data.digest}
+        keeper = Keeper(config, trainer, stop, say, facts, copy)
+        trainer.keeper = keeper
+        for callback in (keeper, Narrator(config, trainer, say), Judge(config, trainer, say)):
+            trainer.add_callback(callback)
+        resumed = _resume(Path(config.checkpoints.folder), facts, trainer)
+        say.event("start", **_described(config, trainer, resumed))
+        return _trained(config, keeper, resumed)
+
+
+def _trained(config: FinetuneConfig, keeper: Keeper, resumed: Path | None) -> Outcome:
+    trainer = keeper.trainer
+    with keeper.stop.gently():
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         state = trainer.state
         if keeper.stopped:
             return Outcome(state.global_step, state.max_steps, True, None)
-        _load_best(config, trainer, say)
         result = Path(config.result)
-        if trainer.is_world_process_zero():
+
+        def write() -> None:
+            _load_best(config, trainer, keeper.say)
             checkpoint.write(
                 result,
                 lambda partial: _save_result(trainer, partial),
-                facts | {"run": config.run, "step": state.global_step},
+                keeper.facts | {"run": config.run, "step": state.global_step},
                 make_room=False,
             )
+
+        by_first(trainer, "the result", write)
     return Outcome(state.global_step, state.max_steps, False, result)
 
 
@@ -139,7 +151,7 @@ def _adapter(config: FinetuneConfig) -> Any:
     )
 
 
-def _trainer(config: FinetuneConfig, path: str, data: Prepared) -> Any:
+def _trainer(config: FinetuneConfig, model: Any, path: str, data: Prepared) -> Any:
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=config.revision)
     casts = config.adapter or config.weights == "fp32"  # weights trained in 16 bits are computed in them as they are
     common = {
@@ -174,7 +186,7 @@ def _trainer(config: FinetuneConfig, path: str, data: Prepared) -> Any:
         "ddp_find_unused_parameters": False,
     }
     parts = {
-        "model": _model(config, path),
+        "model": model,
         "processing_class": tokenizer,
         "peft_config": _adapter(config),
     }
@@ -243,17 +255,40 @@ def _described(config: FinetuneConfig, trainer: Any, resumed: Path | None) -> di
 
 
 def _resume(folder: Path, facts: dict[str, str], trainer: Any) -> Path | None:
-    found, _ = checkpoint.newest(folder)
+    """The checkpoint to go on from: the first process's newest, on every process.
+
+    PlannerError, the same on all, where one of them may not take it; Behind where its machine does not have it.
+    """
+    first = trainer.is_world_process_zero()
+    found = first_says(checkpoint.newest(folder)[0] if first else None)
     if found is None:
         return None
-    checkpoint.check_same_run(found, **facts)
-    rng = "rng_state.pth" if trainer.args.world_size == 1 else f"rng_state_{trainer.args.world_size - 1}.pth"
+    mine = folder / found.name  # another machine's folder may lie elsewhere
+    wrong: PlannerError | None = None
+    try:
+        _check_resumable(mine, facts, trainer.args.world_size)
+    except PlannerError as error:
+        wrong = error
+    for said in gathered(wrong):
+        if said is not None:
+            raise said
+    return mine
+
+
+def _check_resumable(found: Path, facts: dict[str, str], processes: int) -> None:
+    said = checkpoint.manifest_of(found)
+    if said is None:
+        raise checkpoint.Behind(
+            f"{found}, from which the run goes on, is not on machine {os.environ.get('JOB_COMPLETION_INDEX', '0')}:"
+            " start it again, and it is fetched from checkpoints.mirror, or let the machines share the folder"
+        )
+    checkpoint.check_same_run(found, said, **facts)
+    rng = "rng_state.pth" if processes == 1 else f"rng_state_{processes - 1}.pth"
     if not (found / rng).exists():
         raise PlannerError(
-            f"{found} was made by another number of processes than {trainer.args.world_size}: start the run with as"
-            " many, or give it another name"
+            f"{found} was made by another number of processes than {processes}: start the run with as many, or give"
+            " it another name"
         )
-    return found
 
 
 def _load_best(config: FinetuneConfig, trainer: Any, say: Telemetry) -> None:
