@@ -72,6 +72,7 @@ class Leases(Protocol):
 
 
 ACCOUNT = "AZURE_STORAGE_ACCOUNT_NAME"  # adlfs and vLLM's streamer read az:// by it, too
+EMULATOR_KEY = "AZURE_STORAGE_KEY"  # of an emulator on this machine alone; Azure's accounts take no keys here
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -121,13 +122,9 @@ def _of_environment(url: str, container: str, names: list[str]) -> Place:
 
 # --- Azure ------------------------------------------------------------------------------------------------------------
 
-# the emulator's account and key, which are the same everywhere and published: learn.microsoft.com, "Use the Azurite
-# emulator", well-known storage account and key
-_EMULATOR_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-
 
 class AzureBlobs:
-    """A container of Azure Blob Storage, by identity (DefaultAzureCredential); on 127.0.0.1 the emulator, Azurite."""
+    """A container of Azure Blob Storage, by identity (DefaultAzureCredential); an emulator on 127.0.0.1 by its key."""
 
     def __init__(self, place: Place, *, credential: Any = None) -> None:
         try:
@@ -343,7 +340,10 @@ def _first_line(error: BaseException) -> str:
 
 def _credential(place: Place) -> Any:
     if urlsplit(place.account).hostname in _LOCAL:
-        return {"account_name": place.account.rsplit("/", 1)[-1], "account_key": _EMULATOR_KEY}
+        key = os.environ.get(EMULATOR_KEY)
+        if not key:
+            raise PlannerError(f"{place} is an emulator's: set {EMULATOR_KEY} to its key, which Azurite publishes")
+        return {"account_name": place.account.rsplit("/", 1)[-1], "account_key": key}
     from azure.identity import DefaultAzureCredential
 
     return DefaultAzureCredential()

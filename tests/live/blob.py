@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 PINNED = Path(__file__).with_name("azurite")
+# the same everywhere and published: learn.microsoft.com, "Use the Azurite emulator", well-known storage account and key
 ACCOUNT = "devstoreaccount1"
+KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
 def installed() -> Path:

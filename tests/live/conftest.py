@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import tiny
-from blob import Azurite, azurite
+from blob import KEY, Azurite, azurite
+
+os.environ["AZURE_STORAGE_KEY"] = KEY  # also of the processes that tests start
 
 
 @pytest.fixture(scope="session")

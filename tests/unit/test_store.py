@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from planner.errors import PlannerError
 from workloads import store
-from workloads.blobs import ACCOUNT, Blob, Changed, Lost, Place, is_url, parse_place
+from workloads.blobs import ACCOUNT, AzureBlobs, Blob, Changed, Lost, Place, is_url, parse_place
 from workloads.store import Patience, Unreachable, download, upload
 
 PLACE = Place("https://account.blob.core.windows.net", "adapters", "run-1")
@@ -333,6 +333,17 @@ def test_az_without_an_account_or_a_container_is_refused(
     with pytest.raises(PlannerError, match=said) as raised:
         parse_place(url)
     assert "secret" not in str(raised.value)
+
+
+def test_an_emulator_is_used_by_its_key_and_azure_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_KEY", raising=False)
+    local = parse_place("http://127.0.0.1:10000/devstoreaccount1/data/x")
+    with pytest.raises(PlannerError, match="is an emulator's: set AZURE_STORAGE_KEY to its key, which Azurite pub"):
+        AzureBlobs(local)
+    monkeypatch.setenv("AZURE_STORAGE_KEY", "a2V5")
+    assert AzureBlobs(local)._client.credential.account_key == "a2V5"
+    azure = AzureBlobs(parse_place("https://account.blob.core.windows.net/data/x"))
+    assert not hasattr(azure._client.credential, "account_key")
 
 
 def test_what_a_whole_folder_says_of_itself_is_read_without_fetching_it(tmp_path: Path) -> None:
