@@ -199,6 +199,14 @@ def test_a_finished_run_is_finished_for_a_pod_with_an_empty_disk(
     again = forker.run(configs[1], environment=bucket.environment)
     assert again.code == FINISHED, again.errors.read_text()
     assert [event["event"] for event in again.events()] == ["data", "finished"]
+    # and another run that was told the same place writes over nothing
+    before = result(bucket, "done", tmp_path / "before")
+    other = bucket.settings(tmp_path / "c", "done", max_steps=1, seed=7)
+    refused = forker.run(tiny.write_config(tmp_path / "c", other), environment=bucket.environment)
+    assert refused.code == REFUSED
+    assert "az://adapters/done was made with another config" in refused.errors.read_text()
+    assert refused.events("start") == []
+    assert result(bucket, "done", tmp_path / "after") == before
 
 
 @pytest.mark.parametrize(

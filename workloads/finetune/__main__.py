@@ -114,7 +114,8 @@ def run(path: Path) -> int:
         say.event("data", **data.told)
         facts = {"config": config.digest, "data": data.digest}
         here = (machine == 0 or not config.checkpoints.mirror) and _is_done(config, facts)
-        if not here and _is_of(uploaded, facts):
+        if not here and uploaded is not None:
+            checkpoint.check_same_run(str(config.upload), uploaded, **facts)  # nobody's result is written over
             say.event("finished", upload=config.upload)
             return FINISHED
         if not here:

@@ -106,8 +106,8 @@ def newest(folder: Path) -> tuple[Path | None, list[Path]]:
     return None, broken
 
 
-def check_same_run(folder: Path, said: Mapping[str, Any], **facts: str) -> None:
-    """PlannerError when a checkpoint, by its manifest, was made by another configuration or of other data."""
+def check_same_run(folder: Path | str, said: Mapping[str, Any], **facts: str) -> None:
+    """PlannerError when a checkpoint or result, by its manifest, was made by another configuration or of other data."""
     for name, value in facts.items():
         if said.get(name) != value:
             raise PlannerError(
