@@ -124,7 +124,21 @@ def _for_the_network(wanted: dict[str, Any]) -> None:
     server_of(wanted)["expose"] = "internal"
 
 
-CHANGES = (_shorter, _more, _own_weights, _other_schedule, _for_the_network)
+def _tuning(wanted: dict[str, Any], **changes: Any) -> None:
+    for workload in wanted["workloads"]:
+        if workload["kind"] == "finetune":
+            workload.update(changes)
+
+
+def _other_runs(wanted: dict[str, Any]) -> None:
+    _tuning(wanted, recipe={"epochs": 2}, runs={"a": {}, "b": {"seed": 7}}, queue="team", weights="blob")
+
+
+def _over_machines(wanted: dict[str, Any]) -> None:
+    _tuning(wanted, machines=2, settings={"parallelism": "ddp"})
+
+
+CHANGES = (_shorter, _more, _own_weights, _other_schedule, _for_the_network, _other_runs, _over_machines)
 
 
 @each_stack

@@ -66,6 +66,10 @@ def test_choices_that_no_plan_decides_are_taken_and_others_are_refused(lock: Loc
         ({"parallelism": "fsdp"}, "does not train with parallelism fsdp: set it to none or ddp"),
         ({"base_quantization": "gptq4"}, "does not train with base_quantization gptq4"),
         ({"trained_embeddings": "True"}, "does not train with trained_embeddings True"),
+        ({"optimizer": "adamw_4bit"}, "does not train with optimizer adamw_4bit: set it to adamw_torch_fused or"),
+        ({"checkpointing": "offloaded"}, "does not train with checkpointing offloaded: set it to non_reentrant"),
+        ({"adapter_dtype": "fp32"}, "does not train with adapter_dtype fp32: set it to bf16"),  # TRL on a 4-bit base
+        ({"kernels": "norm=True"}, "with the trainer's own kernels: take kernels out of settings"),
     ],
 )
 def test_what_the_program_would_not_do_as_counted_is_refused(lock: Lock, settings: dict[str, str], said: str) -> None:

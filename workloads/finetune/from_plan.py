@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from planner.errors import PlannerError
 from planner.plan.lock import Lock, LockedWorkload, again
 from planner.plan.training import Training
-from workloads.finetune.config import FinetuneConfig, parse_config
+from workloads.finetune.config import FinetuneConfig, Optimizer, parse_config
 
 NOT_ALLOCATED = ("allocator slack", "CUDA context")  # parts of the receipt beside torch's own allocations
 OTHERWISE_SECONDS = 1800  # between checkpoints on machines that nobody evicts: an hour is lost at most with its restart
@@ -56,8 +56,8 @@ def config_of(
     NotTrained for what the program does not do as planned; PlannerError for a choice that the plan has made already.
     """
     said, training = workload.settings, training_of(workload)
-    _check(workload, trainer)
     bf16 = lock.pool(workload.pool).supports_bf16
+    _check(workload, trainer, bf16)
     sixteen = "bf16" if bf16 else "fp16"
     hours = workload.checkpoint_interval_hours
     planned: dict[str, Any] = {
@@ -142,12 +142,22 @@ _DONE = {
     "base_quantization": ("nf4", "nf4-double"),
     "autocast": ("True",),
     "weights_dtype": ("bf16", "fp16", "fp32"),
+    "optimizer": get_args(Optimizer),
+    "checkpointing": ("non_reentrant",),
+    "attention": ("flash", "efficient", "eager"),
 }
 
 
-def _check(workload: LockedWorkload, trainer: str) -> None:
-    for name, done in (_DONE | {"trainer": ("trl", trainer)}).items():
-        value = workload.settings.get(name, done[0])
+def _check(workload: LockedWorkload, trainer: str, bf16: bool) -> None:
+    said = workload.settings
+    narrow = said["method"] in ("qlora", "qdora") and bf16  # as TRL does it
+    own = {"trainer": ("trl", trainer), "adapter_dtype": ("bf16" if narrow else "fp32",)}
+    if "kernels" in said:
+        raise NotTrained(
+            f"{workload.name}: the program trains with the trainer's own kernels: take kernels out of settings"
+        )
+    for name, done in (_DONE | own).items():
+        value = said.get(name, done[0])
         if value not in done:
             raise NotTrained(
                 f"{workload.name}: the program does not train with {name} {value}: set it to"
