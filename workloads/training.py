@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from planner.errors import PlannerError
 from planner.plan.lock import Lock, LockedWorkload
 from planner.plan.training import Training, TrainingRun
-from workloads.blobs import is_url
+from workloads.blobs import is_url, parse_place
 from workloads.finetune import INTERRUPTED, REFUSED
 from workloads.finetune.bundle import sources
 from workloads.finetune.config import FinetuneConfig
@@ -61,32 +62,44 @@ def planned_runs(lock: Lock, workload: LockedWorkload, *, desk: bool = False, tr
 
 def _planned(lock: Lock, workload: LockedWorkload, run: TrainingRun, *, desk: bool, trainer: str) -> Planned:
     training = training_of(workload)
-    data = run.recipe.get("data")
-    data = data if isinstance(data, dict) else {}
-    blob = "" if desk else "az://"
-
-    def there(path: object, container: str = "datasets") -> str:
-        return str(path) if is_url(str(path)) else f"{blob}{container}/{path}"
+    kept = f"models/{TUNED}" if workload.settings.get("method") == "full" else "adapters"
+    at = "" if desk else "az://"
+    choices = dict(run.recipe)
+    data = choices.get("data", {})
+    files: dict[str, Any] = {}
+    if isinstance(data, dict):
+        files = {name: data[name] for name in ("train", "evaluation") if data.get(name)}
+        choices["data"] = {name: value for name, value in data.items() if name not in ("train", "evaluation")}
+    train, evaluation = files.get("train", f"{run.name}/train.jsonl"), files.get("evaluation")
 
     def made(name: str) -> FinetuneConfig:
-        kept = "adapters" if workload.settings.get("method") != "full" else f"models/{TUNED}"
         paths = Paths(
-            train=there(data.get("train") or f"{run.name}/train.jsonl"),
-            evaluation=there(data["evaluation"]) if data.get("evaluation") else None,
+            train=_dataset(run.name, train, at),
+            evaluation=None if evaluation is None else _dataset(run.name, evaluation, at),
             checkpoints=f"checkpoints/{name}" if desk else "/cache/checkpoints",
             mirror=None if desk else f"az://checkpoints/{name}",
             result=f"{kept}/{name}" if desk else "/cache/result",
             upload=None if desk else f"az://{kept}/{name}",
         )
-        choices = {key: value for key, value in run.recipe.items() if key != "data"}
-        rest = {key: value for key, value in data.items() if key not in ("train", "evaluation")}
-        if "data" in run.recipe:
-            choices["data"] = rest if isinstance(run.recipe["data"], dict) else run.recipe["data"]
         model = f"az://models/{workload.hub_id}" if training.weights == "blob" and not desk else None
         return config_of(lock, workload, run=name, paths=paths, choices=choices, model=model, trainer=trainer)
 
     name = f"{run.name}-{made(run.name).digest[:8]}"
     return Planned(run, name, made(name))
+
+
+def _dataset(run: str, file: object, at: str) -> str:
+    """A file of the container `datasets`, or one elsewhere at Blob. PlannerError for a path of the pod's own."""
+    said = str(file)
+    if not is_url(said) and (said.startswith("/") or ".." in said.split("/")):
+        raise PlannerError(
+            f"{run}: {said} is no file of the container `datasets`, and nothing of it is mounted: write its path in the"
+            " container, or a Blob URL"
+        )
+    url = said if is_url(said) else f"{at}datasets/{said}"
+    if is_url(url):  # what names no place is found here, and not by the pod
+        parse_place(url.replace("az://", "https://account.blob.core.windows.net/", 1))
+    return url
 
 
 def program_map() -> Manifest:

@@ -118,7 +118,14 @@ def test_the_recipe_of_the_intent_is_what_the_program_is_told() -> None:
         ({"checkpoints": {"keep": 9}}, r"checkpoints.keep is decided by the plan \(2\)"),
         ({"upload": "az://elsewhere/x"}, "upload is decided by the plan"),
         ({"epochs": 1, "max_steps": 5}, "give epochs or max_steps, exactly one of them"),
-        ({"data": "train.jsonl"}, "data is decided by the plan"),
+        ({"data": "train.jsonl"}, "data: input should be a valid dictionary"),
+        (
+            {"data": {"train": "/datasets/x.jsonl"}},
+            "finetune: /datasets/x.jsonl is no file of the container `datasets`",
+        ),
+        ({"data": {"train": "../models/x"}}, "is no file of the container `datasets`, and nothing of it is mounted"),
+        ({"data": {"evaluation": "https://a.blob.core.windows.net/d/x?sig=1"}}, "must not carry a signature"),
+        ({"data": {"train": "az://"}}, "names no container"),
     ],
 )
 def test_a_recipe_that_the_program_would_refuse_is_refused_before_anything_is_made(

@@ -111,8 +111,8 @@ def _chosen(planned: Mapping[str, Any], choices: Mapping[str, Any], what: str) -
         made["epochs"] = 1
     for name, value in choices.items():
         before = planned.get(name)
-        if isinstance(before, Mapping) and isinstance(value, Mapping):
-            made[name] = _chosen_within(name, before, value, what)
+        if isinstance(before, Mapping):
+            made[name] = _chosen_within(name, before, value, what) if isinstance(value, Mapping) else value
         elif before is None or str(before) == str(value):
             made[name] = value
         else:
