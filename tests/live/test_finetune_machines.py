@@ -209,6 +209,25 @@ def test_a_finished_run_is_finished_for_a_pod_with_an_empty_disk(
     assert result(bucket, "done", tmp_path / "after") == before
 
 
+def test_checkpoints_of_other_data_are_refused_before_a_model_is_loaded(
+    forker: tiny.Forker, bucket: Bucket, tmp_path: Path
+) -> None:
+    often = {"checkpoints": {"every_steps": 2}, "max_steps": 400}
+    first = forker.start(
+        tiny.write_config(tmp_path / "a", bucket.settings(tmp_path / "a", "data", **often)),
+        environment=bucket.environment,
+    )
+    first.until_event("mirrored")
+    first.kill(signal.SIGTERM)
+    assert first.wait() == INTERRUPTED
+    said = bucket.settings(tmp_path / "b", "data", **often)
+    said["data"] = {"train": str(tiny.write_data(tmp_path / "other.jsonl", copies=2))}
+    refused = forker.run(tiny.write_config(tmp_path / "b", said), environment=bucket.environment)
+    assert refused.code == REFUSED
+    assert "was made with another data" in refused.errors.read_text()
+    assert refused.events("start") == refused.events("from-mirror") == []
+
+
 @pytest.mark.parametrize(
     ("field", "url", "said"),
     [

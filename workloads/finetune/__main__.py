@@ -119,7 +119,7 @@ def run(path: Path) -> int:
             say.event("finished", upload=config.upload)
             return FINISHED
         if not here:
-            _from_mirror(config, say)
+            _from_mirror(config, facts, say)
             if config.gpus * config.nodes > 1:
                 code = _several(path, config, stop, _elsewhere(config, facts))
             else:
@@ -415,11 +415,11 @@ def _step(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def _from_mirror(config: FinetuneConfig, say: Telemetry) -> None:
+def _from_mirror(config: FinetuneConfig, facts: dict[str, str], say: Telemetry) -> None:
     """The newest checkpoint of the mirror, and the best, where this machine lacks them.
 
     A newer one on the first machine's disk, which Blob did not take at its time, goes to the mirror: what it goes on
-    from the other machines need too.
+    from the other machines need too. PlannerError for those of another run, before they and a model are loaded.
     """
     if config.checkpoints.mirror is None:
         return
@@ -437,6 +437,8 @@ def _from_mirror(config: FinetuneConfig, say: Telemetry) -> None:
         return
     if not there:
         return
+    newest = base._replace(prefix=base.name(name))
+    checkpoint.check_same_run(str(newest), store.manifest_at(newest, blobs) or {}, **facts)
     _fetch_checkpoint(base, name, folder, blobs, say)
     best = checkpoint.best_of(folder / name)
     if first and best in there:
