@@ -46,7 +46,9 @@ def serving_of(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent
         weights=wanted.weights,
         stored_bytes=stored,
         cache_bytes=cache,
-        cache=_server_disk(wanted.name, size, stored, cache, placed.gpus // wanted.machines),
+        cache=_server_disk(
+            wanted.name, size, stored, cache, _pods(_cut(size, intent), placed, wanted.machines, wanted.replicas)
+        ),
         read_bytes_per_second=read_rate(wanted.weights),
         engine_seconds=int(assumption("engine_start_seconds").high),
         machine_seconds=int(assumption("gpu_machine_seconds").high),
@@ -63,8 +65,19 @@ def serving_of(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent
     )
 
 
-def _server_disk(name: str, size: VmSku, stored: int, cache: int, gpus: int) -> Cache:
-    found = disk_place(size, cache, gpus, OS_DISK_GIB)
+def _cut(size: VmSku, intent: Intent) -> VmSku:
+    """A size as its pods see it: with MIG devices for GPUs where the intent cuts them."""
+    return (cut(size, intent.gpu_instance_profile) or size) if intent.gpu_instance_profile else size
+
+
+def _pods(size: VmSku, placed: Placed, machines: int, most: int) -> int:
+    """How many pods of a workload may share a machine: as its GPUs allow, and at most that many."""
+    gpus = placed.gpus // machines
+    return min(most, max((size.gpu_count or 1) // gpus, 1)) if gpus else 1
+
+
+def _server_disk(name: str, size: VmSku, stored: int, cache: int, pods: int) -> Cache:
+    found = disk_place(size, cache, pods, OS_DISK_GIB)
     if found is None:
         raise PlannerError(
             f"{name}: {format_gib(stored)} of weights do not fit on the disks of a {size.short_name}: put them into the"
@@ -85,7 +98,7 @@ def _token_seconds(wanted: ServeWorkload, placed: Placed, size: VmSku, intent: I
     if wanted.device == "cpu":
         read = sum(placed.memory.component(name).expected_bytes for name in ("weights", "KV cache"))
         return token_seconds(memory_of(size), read, stages)
-    card = card_of((cut(size, intent.gpu_instance_profile) or size) if intent.gpu_instance_profile else size)
+    card = card_of(_cut(size, intent))
     return token_seconds(card, card.usable_bytes, stages)
 
 
@@ -96,11 +109,13 @@ def training_of(wanted: FinetuneWorkload, placed: Placed, plan: Plan, intent: In
     """
     spec, kept = model_of(intent, wanted), intent.storage.checkpoints_kept or 1
     size = machine(next(pool for pool in plan.pools if pool.name == placed.pool).sku)
-    card = card_of((cut(size, intent.gpu_instance_profile) or size) if intent.gpu_instance_profile else size)
+    card = card_of(_cut(size, intent))
     stored = weight_bytes(spec, weight_scheme(spec))
-    result = stored if wanted.method == "full" else placed.checkpoint_bytes
+    weights = placed.memory.component("weights").expected_bytes
+    result = max(stored, weights) if wanted.method == "full" else placed.checkpoint_bytes
     disk = stored + (kept + 1) * placed.checkpoint_bytes + result + SPARE_DISK_BYTES
-    cache = disk_place(size, disk, placed.gpus // wanted.machines, OS_DISK_GIB)
+    runs = runs_of(wanted.name, wanted.replicas, wanted.recipe, wanted.runs)
+    cache = disk_place(size, disk, _pods(_cut(size, intent), placed, wanted.machines, len(runs)), OS_DISK_GIB)
     if cache is None:
         raise PlannerError(
             f"{wanted.name}: a run needs {format_gib(disk)} of disk for the model, {kept + 1} checkpoints and the"
@@ -110,7 +125,7 @@ def training_of(wanted: FinetuneWorkload, placed: Placed, plan: Plan, intent: In
     peak = card.bf16_tflops if card.supports_bf16 else card.fp16_tflops
     return Training(
         machines=wanted.machines,
-        runs=runs_of(wanted.name, wanted.replicas, wanted.recipe, wanted.runs),
+        runs=runs,
         weights=wanted.weights,
         queue=wanted.queue,
         disk_bytes=disk,

@@ -92,16 +92,16 @@ def token_seconds(card: Gpu, read_bytes: int, pipeline_stages: int = 1) -> Decim
     return (read_bytes * pipeline_stages / rate).quantize(Decimal("0.001"), ROUND_CEILING)
 
 
-def disk_place(size: VmSku, needed_bytes: int, gpus: int, system_gib: int) -> Cache | None:
+def disk_place(size: VmSku, needed_bytes: int, pods: int, system_gib: int) -> Cache | None:
     """Where a pod's files lie: on the system disk while pods may fill that far, else on NVMe disks; None: nowhere.
 
-    gpus: that the pod takes of the machine, and with them that share of its NVMe disks
+    pods: that share the machine
     """
-    part = platform().shares["disk"]
-    if needed_bytes <= int(system_gib * part) << 30:
-        return "disk"
-    share = gpus / (size.gpu_count or 1)
-    return "nvme" if needed_bytes <= int((size.local_nvme_gib or 0) * part * share) << 30 else None
+    disks: tuple[tuple[Cache, int], ...] = (("disk", system_gib), ("nvme", size.local_nvme_gib or 0))
+    for place, disk_gib in disks:
+        if needed_bytes * pods <= int(disk_gib * platform().shares["disk"]) << 30:
+            return place
+    return None
 
 
 def read_rate(weights: Weights) -> int:

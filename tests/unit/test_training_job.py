@@ -302,6 +302,15 @@ def test_what_the_system_disk_cannot_hold_goes_to_the_machines_nvme_disks() -> N
     assert container(job(lock))["resources"]["limits"]["ephemeral-storage"] == "8Gi"
 
 
+def test_runs_that_share_a_machine_share_its_disk() -> None:
+    wanted = {"skus": ["Standard_NC96ads_A100_v4"]}  # four A100, a system disk of 128 GiB of which pods may have 89
+    for replicas, place in ((1, "disk"), (2, "disk"), (4, "nvme")):
+        (workload,) = planned(tuned(workload={"replicas": replicas}, **wanted))[1].workloads
+        assert workload.training is not None
+        assert round(workload.training.disk_bytes / (1 << 30)) == 36
+        assert workload.training.cache == place
+
+
 def test_more_checkpoints_than_a_machine_holds_are_refused_with_what_to_do() -> None:
     wanted = tuned(workload={"method": "full", "model": "qwen3-0.6b"}, storage={"checkpoints_kept": 2000})
     with pytest.raises(
