@@ -22,8 +22,6 @@ from planner.plan.serving import Cache, Serving, check_extension, disk_place, re
 from planner.plan.training import Training, runs_of
 from planner.units import format_gib
 
-SPARE_DISK_BYTES = 20 << 30  # of a training run: its data, compiled code, logs
-
 
 def serving_of(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent) -> Serving:
     """What a lock keeps of a server beside its memory.
@@ -105,7 +103,7 @@ def _token_seconds(wanted: ServeWorkload, placed: Placed, size: VmSku, intent: I
 def training_of(wanted: FinetuneWorkload, placed: Placed, plan: Plan, intent: Intent) -> Training:
     """What a lock keeps of a fine-tuning workload beside its memory. PlannerError where no disk of a machine holds it.
 
-    disk = the model's files + (checkpoints kept + the one that is written) x checkpoint + result + 20 GiB
+    disk = the model's files + (checkpoints kept + the one that is written) x checkpoint + result + run_files_bytes
     """
     spec, kept = model_of(intent, wanted), intent.storage.checkpoints_kept or 1
     size = machine(next(pool for pool in plan.pools if pool.name == placed.pool).sku)
@@ -113,7 +111,7 @@ def training_of(wanted: FinetuneWorkload, placed: Placed, plan: Plan, intent: In
     stored = weight_bytes(spec, weight_scheme(spec))
     weights = placed.memory.component("weights").expected_bytes
     result = max(stored, weights) if wanted.method == "full" else placed.checkpoint_bytes
-    disk = stored + (kept + 1) * placed.checkpoint_bytes + result + SPARE_DISK_BYTES
+    disk = stored + (kept + 1) * placed.checkpoint_bytes + result + int(assumption("run_files_bytes").high)
     runs = runs_of(wanted.name, wanted.replicas, wanted.recipe, wanted.runs)
     cache = disk_place(size, disk, _pods(_cut(size, intent), placed, wanted.machines, len(runs)), OS_DISK_GIB)
     if cache is None:
