@@ -34,8 +34,8 @@ SEEN = """
 import json
 from workloads.finetune import train
 plain = train._trainer
-def trainer(config, path, data):
-    made = plain(config, path, data)
+def trainer(config, *parts):
+    made = plain(config, *parts)
     trains = made.train
     def train_and_look(**more):
         done = trains(**more)

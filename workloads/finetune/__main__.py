@@ -456,4 +456,9 @@ def _fetch_checkpoint(base: Place, name: str, folder: Path, blobs: Blobs, say: T
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    ended = main(sys.argv[1:])
+    if sys.argv[1:2] == ["worker"]:  # threads of gloo and NCCL may abort an interpreter that ends, whose work is done
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended)
+    sys.exit(ended)

@@ -69,7 +69,10 @@ def train(
             trainer.add_callback(callback)
         resumed = _resume(Path(config.checkpoints.folder), facts, trainer)
         say.event("start", **_described(config, trainer, resumed))
-        return _trained(config, keeper, resumed)
+        outcome = _trained(config, keeper, resumed)
+        if torch.distributed.is_initialized():  # together: nobody is left waiting for one that has gone
+            torch.distributed.destroy_process_group()
+        return outcome
 
 
 def _trained(config: FinetuneConfig, keeper: Keeper, resumed: Path | None) -> Outcome:
