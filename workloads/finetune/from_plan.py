@@ -24,7 +24,6 @@ class Paths(NamedTuple):
     evaluation: str | None = None
     upload: str | None = None
     mirror: str | None = None
-    textfile: str | None = None
 
 
 class NotTrained(PlannerError):
@@ -89,7 +88,6 @@ def config_of(
             "allocated_bytes": sum(size for name, size in workload.memory_bytes.items() if name not in NOT_ALLOCATED),
             "flops_per_second": training.flops_per_second,
         },
-        "metrics": {"textfile": paths.textfile},
     }
     if planned["method"] != "full":
         targets = said.get("lora_targets", "all-linear")
