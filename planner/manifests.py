@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -20,14 +20,13 @@ from planner.report import _escape, _table, console, put
 from planner.stack import PLAN_KEY, needed_secrets, read_stack
 
 if TYPE_CHECKING:
+    from workloads.finetune.emit import Trainer
     from workloads.render import Manifest
 
 HEAD = "# written by planner render; what stands as ${NAME} only Azure knows\n"
 
 
-def render(
-    stack: str, output: str | None, *, explain: bool, as_json: bool, emit: Literal["axolotl", "unsloth"] | None = None
-) -> None:
+def render(stack: str, output: str | None, *, explain: bool, as_json: bool, emit: Trainer | None = None) -> None:
     """Print or write the manifests of a stack's plan. PlannerError for a plan that must not be applied.
 
     emit: the configurations of its fine-tuning runs for that trainer instead
@@ -125,7 +124,7 @@ def _write(made: list[Manifest], output: str) -> None:
     put(f"{len(written)} manifests are in {folder}\n")
 
 
-def _emit(lock: Lock, trainer: Literal["axolotl", "unsloth"], output: str | None, stack: str) -> None:
+def _emit(lock: Lock, trainer: Trainer, output: str | None, stack: str) -> None:
     """A configuration a run; data and results lie beside, in folders that are called like the containers."""
     with _whole_clone():
         from workloads.finetune.emit import emit

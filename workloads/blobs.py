@@ -241,6 +241,14 @@ class AzureBlobs:
 
     def renew(self, name: str, lease: str) -> bool:
         """Whether it is still ours; False when another has taken it, it was broken, or its blob is gone."""
+        return self._of_lease(name, lease, lambda held: held.renew(**_SOON))
+
+    def release(self, name: str, lease: str) -> None:
+        """Give it up, so that nobody waits; nothing where it is not ours."""
+        self._of_lease(name, lease, lambda held: held.release(**_SOON))
+
+    def _of_lease(self, name: str, lease: str, act: Callable[[Any], object]) -> bool:
+        """Do that with a lease that we have. False where it is not ours any more."""
         from azure.core.exceptions import ResourceNotFoundError
         from azure.storage.blob import BlobLeaseClient
 
@@ -248,28 +256,12 @@ class AzureBlobs:
 
         def ask() -> bool:
             try:
-                client.renew(**_SOON)
+                act(client)
             except ResourceNotFoundError:
                 return False
             return True
 
         return self._ask(lambda: _unless_held(ask))
-
-    def release(self, name: str, lease: str) -> None:
-        """Give it up, so that nobody waits; nothing where it is not ours."""
-        from azure.core.exceptions import ResourceNotFoundError
-        from azure.storage.blob import BlobLeaseClient
-
-        client = BlobLeaseClient(self._client.get_blob_client(name), lease)
-
-        def ask() -> bool:
-            try:
-                client.release(**_SOON)
-            except ResourceNotFoundError:
-                return False
-            return True
-
-        self._ask(lambda: _unless_held(ask))
 
     def _ask(self, ask: Callable[[], Answer]) -> Answer:
         from azure.core.exceptions import (

@@ -6,13 +6,12 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from planner.plan.lock import Lock, LockedWorkload
-from planner.plan.serving import Serving
 from planner.units import format_gib
 from workloads import server, training
 from workloads.arguments import explained_arguments, serving_of
 from workloads.finetune import INTERRUPTED, REFUSED
 from workloads.finetune.from_plan import training_of
-from workloads.pods import ALL_SECRETS, GPU, NEEDED_SECRETS, OWN_DISK_BYTES, place, resources, secrets_of
+from workloads.pods import ALL_SECRETS, GPU, NEEDED_SECRETS, disk_of, place, resources, secrets_of
 from workloads.timing import DEADLINE_FACTOR, LEAST_DRAIN_SECONDS, PROBE_SECONDS, serving_timing, training_timing
 
 
@@ -128,17 +127,14 @@ _RECEIPT = frozenset(
 
 def _runs(lock: Lock, workload: LockedWorkload) -> list[Explained]:
     """Every run, and the configuration: of the first whole, of the others what differs."""
-    first, *others = training.planned_runs(lock, workload)
-    found = [
-        Explained("argument", f"{training.CONFIG}/{training.CONFIG_FILE}", "the settings below, from a ConfigMap"),
-        Explained("run", first.id, "a Job of its own, suspended until somebody starts it"),
-    ]
-    common = training.flat(first.config.model_dump(mode="json", exclude_none=True))
-    found += _settings(first, common)
-    for one in others:
-        said = training.flat(one.config.model_dump(mode="json", exclude_none=True))
-        found.append(Explained("run", one.id, "a Job of its own, with these settings otherwise"))
-        found += _settings(one, {name: value for name, value in said.items() if common.get(name) != value})
+    found = [Explained("argument", f"{training.CONFIG}/{training.CONFIG_FILE}", "the settings below, from a ConfigMap")]
+    first: dict[str, Any] = {}
+    for planned in training.planned_runs(lock, workload):
+        said = training.flat(training.plain(planned.config))
+        how = "with these settings otherwise" if first else "suspended until somebody starts it"
+        found.append(Explained("run", planned.config.run, f"a Job of its own, {how}"))
+        found += _settings(planned, {name: value for name, value in said.items() if first.get(name) != value})
+        first = first or said
     return found
 
 
@@ -228,9 +224,7 @@ def _server(lock: Lock, workload: LockedWorkload, guarded: bool) -> list[Explain
 def _common(lock: Lock, workload: LockedWorkload, secrets: Collection[str]) -> list[Explained]:
     where = place(lock, workload)
     pools = ", then ".join(where["pools"]) if where["preferred"] else ", ".join(where["pools"])
-    kept = workload.serving or training_of(workload)
-    disk = kept.cache_bytes if isinstance(kept, Serving) else kept.disk_bytes
-    asked = resources(lock, workload, disk if kept.cache == "disk" else OWN_DISK_BYTES)
+    asked = resources(lock, workload)
     shares = lock.platform.shares
     found = [
         Explained("place", pools, "the plan's pools of this workload: selected by name, their taints tolerated"),
@@ -241,7 +235,7 @@ def _common(lock: Lock, workload: LockedWorkload, secrets: Collection[str]) -> l
             f"{shares['cpu']:.0%} of the machine's vCPUs and {shares['memory_request']:.0%} to"
             f" {shares['memory_limit']:.0%} of its memory, by its share of the GPUs",
         ),
-        Explained("storage", f"/cache: {-(-disk // (1 << 30))}Gi", _cache_reason(workload)),
+        Explained("storage", f"/cache: {-(-disk_of(workload).needed_bytes // (1 << 30))}Gi", _cache_reason(workload)),
     ]
     wanted = secrets_of(workload, secrets)
     for variable, secret in NEEDED_SECRETS[workload.task].items():
@@ -251,8 +245,7 @@ def _common(lock: Lock, workload: LockedWorkload, secrets: Collection[str]) -> l
 
 
 def _cache_reason(workload: LockedWorkload) -> str:
-    kept = workload.serving or training_of(workload)
-    where = ", on the machine's NVMe disks" if kept.cache == "nvme" else ""
+    where = ", on the machine's NVMe disks" if disk_of(workload).cache == "nvme" else ""
     if workload.serving is None:
         return f"the base model's files, checkpoints, the result, and 20 GiB for data and compiled code{where}"
     if workload.serving.weights == "blob":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.plan.lock import Lock, LockedPool, LockedWorkload
+from planner.plan.serving import Cache
 from workloads.arguments import gpus_of_pod
+from workloads.finetune.from_plan import training_of
 
 NAMESPACE, GPU_NAMESPACE = "tonnage", "gpu-system"
 SPOT_KEY = "kubernetes.azure.com/scalesetpriority"
@@ -67,14 +71,34 @@ def place(lock: Lock, workload: LockedWorkload) -> Manifest:
     }
 
 
-def resources(lock: Lock, workload: LockedWorkload, disk_bytes: int) -> Manifest:
-    """The share of a machine that goes with its share of the GPUs, all of one without; disk_bytes: of its disk."""
+class Disk(NamedTuple):
+    """What a pod keeps under /cache, and where that lies: on the machine's system disk, or on its NVMe disks."""
+
+    needed_bytes: int
+    cache: Cache
+
+    @property
+    def system_bytes(self) -> int:
+        """Of the machine's system disk."""
+        return self.needed_bytes if self.cache == "disk" else OWN_DISK_BYTES
+
+
+def disk_of(workload: LockedWorkload) -> Disk:
+    """The disk of a workload's pods. PlannerError as training_of."""
+    if workload.serving is not None:
+        return Disk(workload.serving.cache_bytes, workload.serving.cache)
+    kept = training_of(workload)
+    return Disk(kept.disk_bytes, kept.cache)
+
+
+def resources(lock: Lock, workload: LockedWorkload) -> Manifest:
+    """The share of a machine that goes with its share of the GPUs, all of one without; of its disk what is planned."""
     pool, shares = pools_of(lock, workload)[0], lock.platform.shares
     gpus = gpus_of_pod(workload)
     part = gpus / pool.gpus_per_node if gpus else 1.0
     memory = pool.ram_gib_per_node * part
     vcpus = min(pool.vcpus_per_node * shares["cpu"], pool.vcpus_per_node - shares["kept_vcpus"]) * part
-    disk = f"{-(-disk_bytes // (1 << 30))}Gi"
+    disk = _gib(disk_of(workload).system_bytes)
     devices = {GPU: str(gpus)} if gpus else {}
     # without a GPU the model itself lies in the machine's memory: then what may be taken is asked for
     asked = shares["memory_request"] if gpus else shares["memory_limit"]
@@ -114,21 +138,20 @@ MOUNTS = (
 )
 
 
-def volumes(
-    workload: LockedWorkload, cache_bytes: int, shares: Sequence[Manifest], storage_class: str | None = None
-) -> list[Manifest]:
+def volumes(workload: LockedWorkload, shares: Sequence[Manifest]) -> list[Manifest]:
     """A disk for caches, memory shared between a server's processes, secrets, and containers of Blob.
 
-    storage_class: of a disk that lives as long as the pod, in place of the machine's system disk
+    Where the plan puts the disk on NVMe it is one that lives as long as the pod.
     """
-    size = f"{-(-cache_bytes // (1 << 30))}Gi"
+    disk = disk_of(workload)
+    size = _gib(disk.needed_bytes)
     claim = {
         "accessModes": ["ReadWriteOnce"],
-        "storageClassName": storage_class,
+        "storageClassName": NVME,
         "resources": {"requests": {"storage": size}},
     }
     cache: Manifest = {"emptyDir": {"sizeLimit": size}}
-    if storage_class:
+    if disk.cache == "nvme":
         cache = {"ephemeral": {"volumeClaimTemplate": {"spec": claim}}}
     return [
         *({"name": one["kind"], "persistentVolumeClaim": {"claimName": one["name"]}} for one in shares),
@@ -146,3 +169,13 @@ def volumes(
             },
         },
     ]
+
+
+def _gib(size_bytes: int) -> str:
+    """As Kubernetes writes it, in whole GiB that hold it."""
+    return f"{-(-size_bytes // (1 << 30))}Gi"
+
+
+def digest(value: object) -> str:
+    """Hex digits of the SHA-256 of anything JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

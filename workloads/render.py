@@ -5,8 +5,6 @@ Values are computed here and beside; the templates hold structure alone, write e
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -26,6 +24,8 @@ from workloads.pods import (
     NAMESPACE,
     NVME,
     Manifest,
+    digest,
+    disk_of,
     labels_of,
     secret_name,
     secrets_of,
@@ -59,21 +59,21 @@ def render(lock: Lock, secrets: Collection[str] = ALL_SECRETS) -> list[Manifest]
     """
     found = [
         *_made("namespaces", namespaces=_namespaces(lock)),
-        *(_made("nvme", name=NVME) if any(_on_nvme(workload) for workload in lock.workloads) else []),
+        *(_made("nvme", name=NVME) if any(disk_of(workload).cache == "nvme" for workload in lock.workloads) else []),
         *_made("scaling", priorities=_priorities(lock)),
         *(_made("gpu", **_gpu_agents(lock)) if _has_gpus(lock) else []),
         *_made("boundaries", namespace=NAMESPACE, gpus=str(sum(p.max_nodes * p.gpus_per_node for p in lock.pools))),
     ]
-    program = training.program_map() if any(workload.task == "finetune" for workload in lock.workloads) else None
-    found += [] if program is None else _made("program", **program)
+    if any(workload.task == "finetune" for workload in lock.workloads):
+        found += _made("program", **training.program_map())
     for workload in lock.workloads:
         own = _identity(workload, secrets)
         if workload.task == "serve":
             own += _shares(workload)
             own += _made("server", **server.values(lock, workload, _share_names(workload), secrets))
-        elif program is not None:
+        else:
             for run in training.planned_runs(lock, workload):
-                own += _run(lock, workload, run, secrets, program["name"])
+                own += _run(lock, workload, run, secrets)
         found += [_labelled(one, labels_of(workload)) for one in own]
     return [_labelled(one, PART_OF) for one in found]
 
@@ -110,11 +110,6 @@ def _namespaces(lock: Lock) -> list[Manifest]:
         {"name": name, "labels": {f"pod-security.kubernetes.io/{mode}": level for mode in ("enforce", "audit", "warn")}}
         for name, level in levels.items()
     ]
-
-
-def _on_nvme(workload: LockedWorkload) -> bool:
-    kept = workload.serving or workload.training
-    return kept is not None and kept.cache == "nvme"
 
 
 def _has_gpus(lock: Lock) -> bool:
@@ -225,17 +220,10 @@ def _shares(workload: LockedWorkload) -> list[Manifest]:
     )
 
 
-def _run(
-    lock: Lock, workload: LockedWorkload, run: training.Planned, secrets: Collection[str], program_name: str
-) -> list[Manifest]:
+def _run(lock: Lock, workload: LockedWorkload, run: training.Planned, secrets: Collection[str]) -> list[Manifest]:
     """A run's objects. Its Job has eight digits of all that it is in its name: it cannot be edited, but replaced."""
 
     def made(name: str) -> list[Manifest]:
-        return _made("run", **training.values(lock, workload, run, name, secrets, program_name))
+        return _made("run", **training.values(lock, workload, run, name, secrets))
 
     return made(f"{run.run.name}-{digest(made(run.run.name)[-1]['spec'])[:8]}")
-
-
-def digest(value: object) -> str:
-    """Hex digits of the SHA-256 of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

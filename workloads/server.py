@@ -13,8 +13,6 @@ from workloads.pods import (
     MOUNTS,
     NAMESPACE,
     NEEDED_SECRETS,
-    NVME,
-    OWN_DISK_BYTES,
     USER,
     Manifest,
     environment,
@@ -172,10 +170,10 @@ def _pod(lock: Lock, workload: LockedWorkload, mounted: Sequence[Manifest], secr
             "pre_stop_seconds": timing.pre_stop_seconds,
             "ready_command": ready_command(workload),
         },
-        "resources": resources(lock, workload, OWN_DISK_BYTES if serving.cache == "nvme" else serving.cache_bytes),
+        "resources": resources(lock, workload),
         "mounts": [*MOUNTS, *own],
         "volumes": [
-            *volumes(workload, serving.cache_bytes, mounted, NVME if serving.cache == "nvme" else None),
+            *volumes(workload, mounted),
             *guards,
         ],
     }

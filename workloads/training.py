@@ -6,16 +6,16 @@ A run is a Job of its own. Its pod mounts nothing of Blob: the program fetches a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import yaml
 
 from planner.errors import PlannerError
 from planner.plan.lock import Lock, LockedWorkload
-from planner.plan.training import Training, TrainingRun
-from workloads.blobs import is_url, parse_place
+from planner.plan.training import TrainingRun
+from workloads.blobs import ACCOUNT, is_url, parse_place
 from workloads.finetune import INTERRUPTED, REFUSED
 from workloads.finetune.bundle import sources
 from workloads.finetune.config import FinetuneConfig
@@ -23,10 +23,9 @@ from workloads.finetune.from_plan import Paths, config_of, training_of
 from workloads.pods import (
     MOUNTS,
     NAMESPACE,
-    NVME,
-    OWN_DISK_BYTES,
     USER,
     Manifest,
+    digest,
     environment,
     labels_of,
     place,
@@ -45,10 +44,12 @@ QUEUE = "kueue.x-k8s.io/queue-name"
 
 
 class Planned(NamedTuple):
-    """A run with its configuration. id: of its checkpoints and its result, the same as long as it learns the same."""
+    """A run with its configuration.
+
+    config.run: of its checkpoints and its result, the same as long as it learns the same
+    """
 
     run: TrainingRun
-    id: str
     config: FinetuneConfig
 
 
@@ -84,8 +85,7 @@ def _planned(lock: Lock, workload: LockedWorkload, run: TrainingRun, *, desk: bo
         model = f"az://models/{workload.hub_id}" if training.weights == "blob" and not desk else None
         return config_of(lock, workload, run=name, paths=paths, choices=choices, model=model, trainer=trainer)
 
-    name = f"{run.name}-{made(run.name).digest[:8]}"
-    return Planned(run, name, made(name))
+    return Planned(run, made(f"{run.name}-{made(run.name).digest[:8]}"))
 
 
 def _dataset(run: str, file: object, at: str) -> str:
@@ -102,12 +102,11 @@ def _dataset(run: str, file: object, at: str) -> str:
     return url
 
 
+@cache
 def program_map() -> Manifest:
     """The ConfigMap of the program, named by what it says: another text is another object for other pods."""
-    text = json.dumps(sources(), sort_keys=True)
-    name = f"tonnage-program-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return {
-        "name": name,
+        "name": f"tonnage-program-{digest(sources())[:8]}",
         "namespace": NAMESPACE,
         "data": {_key(path): source for path, source in sources().items()},
         "items": [{"key": _key(path), "path": path} for path in sources()],
@@ -118,11 +117,10 @@ def _key(path: str) -> str:
     return path.replace("/", ".")
 
 
-def values(
-    lock: Lock, workload: LockedWorkload, planned: Planned, name: str, secrets: Collection[str], program_name: str
-) -> Manifest:
-    """What run.yaml.j2 asks for. name: of the Job; program_name: of the program's ConfigMap."""
-    training, timing = training_of(workload), training_timing(workload, training_of(workload))
+def values(lock: Lock, workload: LockedWorkload, planned: Planned, name: str, secrets: Collection[str]) -> Manifest:
+    """What run.yaml.j2 asks for. name: of the Job."""
+    training, program = training_of(workload), program_map()
+    timing = training_timing(workload, training)
     labels = labels_of(workload) | {RUN_LABEL: planned.run.name}
     several = training.machines > 1
     text = config_text(planned.config)
@@ -163,11 +161,11 @@ def values(
             "env": _environment(workload, planned, name, secrets),
             "port": None,
             "health": None,
-            "resources": resources(lock, workload, system_disk_bytes(training)),
+            "resources": resources(lock, workload),
             "mounts": [*MOUNTS, *files],
             "volumes": [
-                *volumes(workload, training.disk_bytes, [], NVME if training.cache == "nvme" else None),
-                {"name": "program", "configMap": {"name": program_name, "items": program_map()["items"]}},
+                *volumes(workload, []),
+                {"name": "program", "configMap": {"name": program["name"], "items": program["items"]}},
                 {"name": "config", "configMap": {"name": config_name}},
             ],
         },
@@ -178,7 +176,7 @@ def _environment(workload: LockedWorkload, planned: Planned, name: str, secrets:
     found = [
         *environment(workload, secrets),
         {"name": "PYTHONPATH", "value": PROGRAM},
-        {"name": "AZURE_STORAGE_ACCOUNT_NAME", "value": "${STORAGE_ACCOUNT}"},
+        {"name": ACCOUNT, "value": "${STORAGE_ACCOUNT}"},
     ]
     if is_url(planned.config.model):
         found.append({"name": "HF_HUB_OFFLINE", "value": "1"})
@@ -190,14 +188,14 @@ def _environment(workload: LockedWorkload, planned: Planned, name: str, secrets:
     return found
 
 
-def system_disk_bytes(training: Training) -> int:
-    """Of the machine's system disk: everything, but where the files lie on NVMe disks."""
-    return training.disk_bytes if training.cache == "disk" else OWN_DISK_BYTES
-
-
 def config_text(config: FinetuneConfig) -> str:
-    """The configuration as the program reads it, defaults too: it is what was decided."""
-    return yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+    """The configuration as the program reads it."""
+    return yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True)
+
+
+def plain(config: FinetuneConfig) -> dict[str, Any]:
+    """What a configuration says, defaults too: it is what was decided."""
+    return config.model_dump(mode="json", exclude_none=True)
 
 
 def flat(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from planner.catalog import load_model
 from planner.catalog.assumptions import assumption
 from planner.catalog.hardware import Gpu, VmSku, machine
 from planner.catalog.mig import card_of, cut
+from planner.catalog.platform import platform
 from planner.cost.cluster import OS_DISK_GIB
 from planner.errors import PlannerError
 from planner.memory.serving_parts import QUANTIZED_AT_START, ServingSettings
@@ -18,7 +19,7 @@ from planner.performance.training import training_speed
 from planner.plan.cpu import memory_of
 from planner.plan.intent import FinetuneWorkload, Intent, ServeWorkload, model_of, settings_of
 from planner.plan.result import Placed, Plan
-from planner.plan.serving import Cache, Serving, check_extension, disk_place, read_rate, token_seconds, tool_parser
+from planner.plan.serving import Cache, Serving, check_extension, read_rate, token_seconds, tool_parser
 from planner.plan.training import Training, runs_of
 from planner.units import format_gib
 
@@ -32,9 +33,15 @@ def serving_of(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent
     assert isinstance(settings, ServingSettings)
     own = load_model(wanted.model or intent.model).max_context
     check_extension(wanted.name, spec, wanted.context, own, wanted.hf_overrides)
-    size = machine(next(pool for pool in plan.pools if pool.name == placed.pool).sku)
+    size = _machine(placed, plan)
     stored = _stored_bytes(spec, settings)
     cache = int(assumption("compiled_code_bytes").high) + (stored * 11 // 10 if wanted.weights == "hub" else 0)
+    place = _disk(_cut(size, intent), cache, placed.gpus // wanted.machines, wanted.replicas)
+    if place is None:
+        raise PlannerError(
+            f"{wanted.name}: {format_gib(stored)} of weights do not fit on the disks of a {size.short_name}: put them"
+            " into the storage account and set weights: blob, from where they are read as they are needed"
+        )
     # a CPU takes its time for each token, and nobody waits an hour for a server to stop
     usual = assumption("answer_tokens").low if wanted.device == "cpu" else assumption("answer_tokens").expected
     parser = wanted.tool_call_parser or tool_parser(spec.name, spec.architecture)
@@ -44,9 +51,7 @@ def serving_of(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent
         weights=wanted.weights,
         stored_bytes=stored,
         cache_bytes=cache,
-        cache=_server_disk(
-            wanted.name, size, stored, cache, _pods(_cut(size, intent), placed, wanted.machines, wanted.replicas)
-        ),
+        cache=place,
         read_bytes_per_second=read_rate(wanted.weights),
         engine_seconds=int(assumption("engine_start_seconds").high),
         machine_seconds=int(assumption("gpu_machine_seconds").high),
@@ -63,25 +68,26 @@ def serving_of(wanted: ServeWorkload, placed: Placed, plan: Plan, intent: Intent
     )
 
 
+def _machine(placed: Placed, plan: Plan) -> VmSku:
+    return machine(next(pool for pool in plan.pools if pool.name == placed.pool).sku)
+
+
 def _cut(size: VmSku, intent: Intent) -> VmSku:
     """A size as its pods see it: with MIG devices for GPUs where the intent cuts them."""
     return (cut(size, intent.gpu_instance_profile) or size) if intent.gpu_instance_profile else size
 
 
-def _pods(size: VmSku, placed: Placed, machines: int, most: int) -> int:
-    """How many pods of a workload may share a machine: as its GPUs allow, and at most that many."""
-    gpus = placed.gpus // machines
-    return min(most, max((size.gpu_count or 1) // gpus, 1)) if gpus else 1
+def _disk(size: VmSku, needed_bytes: int, gpus: int, most: int) -> Cache | None:
+    """Where a pod's files lie: on the system disk while pods may fill that far, else on NVMe disks; None: nowhere.
 
-
-def _server_disk(name: str, size: VmSku, stored: int, cache: int, pods: int) -> Cache:
-    found = disk_place(size, cache, pods, OS_DISK_GIB)
-    if found is None:
-        raise PlannerError(
-            f"{name}: {format_gib(stored)} of weights do not fit on the disks of a {size.short_name}: put them into the"
-            " storage account and set weights: blob, from where they are read as they are needed"
-        )
-    return found
+    gpus: of a pod, by which others of its workload may share the machine; most: of them there are no more
+    """
+    pods = min(most, max((size.gpu_count or 1) // gpus, 1)) if gpus else 1
+    disks: tuple[tuple[Cache, int], ...] = (("disk", OS_DISK_GIB), ("nvme", size.local_nvme_gib or 0))
+    for place, disk_gib in disks:
+        if needed_bytes * pods <= int(disk_gib * platform().shares["disk"]) << 30:
+            return place
+    return None
 
 
 def _stored_bytes(spec: ModelSpec, settings: ServingSettings) -> int:
@@ -106,14 +112,14 @@ def training_of(wanted: FinetuneWorkload, placed: Placed, plan: Plan, intent: In
     disk = the model's files + (checkpoints kept + the one that is written) x checkpoint + result + run_files_bytes
     """
     spec, kept = model_of(intent, wanted), intent.storage.checkpoints_kept or 1
-    size = machine(next(pool for pool in plan.pools if pool.name == placed.pool).sku)
+    size = _machine(placed, plan)
     card = card_of(_cut(size, intent))
     stored = weight_bytes(spec, weight_scheme(spec))
     weights = placed.memory.component("weights").expected_bytes
     result = max(stored, weights) if wanted.method == "full" else placed.checkpoint_bytes
     disk = stored + (kept + 1) * placed.checkpoint_bytes + result + int(assumption("run_files_bytes").high)
     runs = runs_of(wanted.name, wanted.replicas, wanted.recipe, wanted.runs)
-    cache = disk_place(size, disk, _pods(_cut(size, intent), placed, wanted.machines, len(runs)), OS_DISK_GIB)
+    cache = _disk(_cut(size, intent), disk, placed.gpus // wanted.machines, len(runs))
     if cache is None:
         raise PlannerError(
             f"{wanted.name}: a run needs {format_gib(disk)} of disk for the model, {kept + 1} checkpoints and the"

@@ -13,8 +13,7 @@ from pydantic import Field
 
 from planner.catalog import model_entry, read_facts
 from planner.catalog.assumptions import assumption
-from planner.catalog.hardware import Gpu, VmSku
-from planner.catalog.platform import platform
+from planner.catalog.hardware import Gpu
 from planner.errors import PlannerError
 from planner.model import Amount, Frozen, ModelSpec
 
@@ -90,18 +89,6 @@ def token_seconds(card: Gpu, read_bytes: int, pipeline_stages: int = 1) -> Decim
     """
     rate = card.bandwidth_bytes_per_s * assumption("bandwidth_share").low
     return (read_bytes * pipeline_stages / rate).quantize(Decimal("0.001"), ROUND_CEILING)
-
-
-def disk_place(size: VmSku, needed_bytes: int, pods: int, system_gib: int) -> Cache | None:
-    """Where a pod's files lie: on the system disk while pods may fill that far, else on NVMe disks; None: nowhere.
-
-    pods: that share the machine
-    """
-    disks: tuple[tuple[Cache, int], ...] = (("disk", system_gib), ("nvme", size.local_nvme_gib or 0))
-    for place, disk_gib in disks:
-        if needed_bytes * pods <= int(disk_gib * platform().shares["disk"]) << 30:
-            return place
-    return None
 
 
 def read_rate(weights: Weights) -> int:

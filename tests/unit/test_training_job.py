@@ -339,7 +339,9 @@ def test_every_setting_of_a_run_is_explained_with_its_value() -> None:
     assert told["max_length: 2048"] == "the workload's context: the memory receipt rests on it"
     assert (told["seed: 7"], told["seed: 8"]) == ("the recipe's", "the recipe's")
     assert told["warmup_steps: 0"] == "the program's default"
-    assert [row.value for row in rows if row.part == "run"] == [p.id for p in planned_runs(lock, lock.workloads[0])]
+    assert [row.value for row in rows if row.part == "run"] == [
+        p.config.run for p in planned_runs(lock, lock.workloads[0])
+    ]
 
 
 def test_a_plan_of_before_is_planned_anew_and_not_guessed_at() -> None:

@@ -114,11 +114,11 @@ def run(path: Path) -> int:
         say.event("data", **data.told)
         facts = {"config": config.digest, "data": data.digest}
         here = (machine == 0 or not config.checkpoints.mirror) and _is_done(config, facts)
-        if not here and uploaded is not None:
-            checkpoint.check_same_run(str(config.upload), uploaded, **facts)  # nobody's result is written over
-            say.event("finished", upload=config.upload)
-            return FINISHED
         if not here:
+            if uploaded is not None:
+                checkpoint.check_same_run(str(config.upload), uploaded, **facts)  # nobody's result is written over
+                say.event("finished", upload=config.upload)
+                return FINISHED
             _from_mirror(config, facts, say)
             if config.gpus * config.nodes > 1:
                 code = _several(path, config, stop, _elsewhere(config, facts))
@@ -343,18 +343,15 @@ def _uploaded(config: FinetuneConfig, patience: store.Patience | None = None) ->
     return store.manifest_at(place, AzureBlobs(place), patience=patience)
 
 
-def _is_of(said: dict[str, Any] | None, facts: dict[str, str]) -> bool:
-    return said is not None and facts.items() <= said.items()
-
-
 def _elsewhere(config: FinetuneConfig, facts: dict[str, str]) -> Callable[[], bool]:
     """Whether the first machine has uploaded the result: then no process of this one is needed, nor will be met."""
 
     def ask() -> bool:
         try:
-            return _is_of(_uploaded(config, store.Patience(0)), facts)
+            said = _uploaded(config, store.Patience(0))
         except PlannerError:  # no answer just now; what is wrong for good was said before
             return False
+        return said is not None and facts.items() <= said.items()
 
     return ask if _machine(config) else lambda: False
 
@@ -397,8 +394,9 @@ def _mirror(config: FinetuneConfig, say: Telemetry) -> Callable[[Path], None] | 
             patience = store.Patience(MIRROR_SECONDS)
             sent = store.upload(folder, place, blobs, patience=patience)
             kept = sorted(store.folders(base, blobs, patience=patience), key=_step, reverse=True)
+            best = checkpoint.best_of(folder)
             for name in kept[config.checkpoints.keep :]:
-                if name != checkpoint.best_of(folder):
+                if name != best:
                     store.remove(base._replace(prefix=base.name(name)), blobs, patience=patience)
             say.event("mirrored", checkpoint=folder.name, sent_bytes=sent)
         except store.Unreachable as error:
@@ -431,8 +429,7 @@ def _from_mirror(config: FinetuneConfig, facts: dict[str, str], say: Telemetry) 
     first = _machine(config) == 0
     here, _ = checkpoint.newest(folder)
     if first and here is not None and checkpoint.step_of(here) >= _step(name):
-        copy = _mirror(config, say)
-        if copy is not None and here.name != name:
+        if here.name != name and (copy := _mirror(config, say)):
             copy(here)
         return
     if not there:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, get_args
 from planner.errors import PlannerError
 from planner.plan.lock import Lock, LockedWorkload, again
 from planner.plan.training import Training
+from workloads.arguments import gpus_of_pod
 from workloads.finetune.config import FinetuneConfig, Optimizer, parse_config
 
 NOT_ALLOCATED = ("allocator slack", "CUDA context")  # parts of the receipt beside torch's own allocations
@@ -74,7 +75,7 @@ def config_of(
         "attention": "eager" if said.get("attention") == "eager" else "sdpa",
         "loss": said.get("loss", "chunked"),
         "optimizer": said.get("optimizer", "adamw_torch_fused"),
-        "gpus": max(workload.gpus // training.machines, 1),
+        "gpus": gpus_of_pod(workload),
         "nodes": training.machines,
         "checkpoints": {
             "folder": paths.checkpoints,

@@ -27,8 +27,8 @@ from workloads.blobs import Leases, Lost, Place
 from workloads.store import Patience
 
 BEAT_SECONDS = 5.0
-# a mounted container hands out what it read for two minutes (blobfuse2's default, and what the volumes are mounted
-# with), and a minute more for a late beat; a trainer that was stopped by a signal takes its lease away: nobody waits
+# a mounted container hands out what it read for two minutes (blobfuse2's default), and a minute more for a late beat;
+# a trainer that was stopped by a signal takes its lease away: nobody waits
 STANDS_STILL_SECONDS = 180.0
 LEASE_SECONDS = 60  # the longest that ends by itself: its holder may have been killed
 RENEW_SECONDS = 15.0  # three renewals may be lost
